@@ -1,0 +1,28 @@
+# make train: train, release and try the quickstart model.   make test: lint, types and all tests.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# A GPU machine takes any torch in pyproject's range; a CPU machine the build that CI tests.
+TORCH  ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+
+.PHONY: train test test-faults lint
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[log,dev]"
+	touch $@
+
+train: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m "not faults"
+
+test-faults: $(VENV)/.installed
+	$(BIN)/pytest tests/faults

@@ -1,0 +1,3 @@
+"""megarec: pretrain large recurrent language models."""
+
+__version__ = "0.1.0"

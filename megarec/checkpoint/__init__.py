@@ -1,0 +1,1 @@
+"""Checkpoints: safetensors shards and JSON, verified, published by rename."""

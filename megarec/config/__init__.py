@@ -1,0 +1,1 @@
+"""Configuration: the pydantic schema and the YAML loader."""

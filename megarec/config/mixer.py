@@ -1,0 +1,44 @@
+"""The mixer registry: what a mixer's config must answer without building anything."""
+
+import importlib
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from megarec.config.base import Registered
+
+if TYPE_CHECKING:
+    from megarec.models.mixer import Mixer
+
+
+class MixerConfig(Registered):
+    """Config of one mixer. A subclass with a `type` default registers itself.
+
+    Every module in ``megarec/models/mixers`` is found by itself, so a new mixer is one file.
+    """
+
+    kind: ClassVar[str] = "mixer"
+
+    @classmethod
+    def discover(cls) -> None:
+        """Import every mixer that ships with megarec."""
+        importlib.import_module("megarec.models.mixers")
+
+    def problems(self, d_model: int) -> list[str]:
+        """Say what does not fit this width, one line each; empty when all is well."""
+        return []
+
+    @abstractmethod
+    def num_params(self, d_model: int) -> int:
+        """Return the number of parameters of one mixer."""
+
+    @abstractmethod
+    def flops_per_token(self, d_model: int, seq_len: int) -> float:
+        """Return the FLOPs of the forward pass, per token of a sequence of this length."""
+
+    @abstractmethod
+    def state_bytes(self, d_model: int, seq_len: int) -> int:
+        """Return the bytes of the float32 decoding state of one sequence after seq_len tokens."""
+
+    @abstractmethod
+    def build(self, d_model: int) -> "Mixer":
+        """Build the module, on torch's current default device."""

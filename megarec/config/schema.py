@@ -1,0 +1,201 @@
+"""The schema of a training run: every section, its defaults, and the rules between them."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megarec.config.base import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Pair,
+    PositiveFloat,
+    PositiveInt,
+    StrictModel,
+    Tuple,
+)
+from megarec.config.model import ModelConfig
+
+
+class SourceConfig(StrictModel):
+    """One data source: a folder of megarec shards, or a synthetic task; `weight` mixes sources."""
+
+    path: str | None = None
+    synthetic: str | None = None
+    weight: Fraction = 1.0
+    args: dict[str, int | float | bool | str] = {}
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "SourceConfig":
+        if (self.path is None) == (self.synthetic is None):
+            raise ValueError("give either path (a folder of shards) or synthetic (a task's name)")
+        if self.args and self.synthetic is None:
+            raise ValueError("args are for synthetic tasks only")
+        return self
+
+
+class DataConfig(StrictModel):
+    """Training and validation sources, by name.
+
+    `shuffle: documents` concatenates documents in a seeded order and cuts sample i at token i*T;
+    `samples` also visits the windows of each epoch in a seeded order (for few, long documents).
+    `bos: eod` starts each document at the end-of-document token before it, so that its first
+    token is predicted too; `none` starts it at its first token.
+    """
+
+    train: Annotated[dict[str, SourceConfig], Field(min_length=1)]
+    valid: dict[str, SourceConfig] = {}
+    shuffle: Literal["documents", "samples"] = "documents"
+    bos: Literal["none", "eod"] = "none"
+
+    @model_validator(mode="after")
+    def _weights(self) -> "DataConfig":
+        total = sum(source.weight for source in self.train.values())
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the weights of train sum to {total:.6g}, expected 1")
+        return self
+
+
+class TokenizerConfig(StrictModel):
+    """`byte` (256 bytes and one end-of-document token), or the path of a tokenizer.json."""
+
+    path: str = "byte"
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW with decoupled weight decay (arXiv 1711.05101) on matrices; `grad_clip` is a norm."""
+
+    type: Literal["adamw"] = "adamw"
+    lr: PositiveFloat
+    betas: Pair = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    grad_clip: PositiveFloat | None = 1.0
+
+
+class ScheduleConfig(StrictModel):
+    """Learning rate over the run: linear warm-up, a decay, and a linear cool-down to zero.
+
+    `cosine` and `exponential` fall to lr * `final_lr_ratio` where the cool-down begins; `wsd` and
+    `constant` hold the peak until then (for `wsd` the cool-down must not be empty).
+    """
+
+    type: Literal["cosine", "exponential", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    cooldown_steps: NonNegativeInt = 0
+    final_lr_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _wsd_decays(self) -> "ScheduleConfig":
+        if self.type == "wsd" and self.cooldown_steps == 0:
+            raise ValueError("wsd needs cooldown_steps > 0; 'constant' has no cool-down")
+        return self
+
+
+class NonFiniteConfig(StrictModel):
+    """What a non-finite loss or gradient does: stop, or skip the update, so many times in a row."""
+
+    policy: Literal["stop", "skip"] = "stop"
+    max_consecutive: PositiveInt = 5
+
+
+class TrainConfig(StrictModel):
+    """Steps and batch. One step reads `global_batch_size` samples of `seq_len` tokens."""
+
+    steps: PositiveInt
+    seq_len: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    init_from: str | None = None
+    nonfinite: NonFiniteConfig = NonFiniteConfig()
+    step_timeout_seconds: PositiveInt = 1800
+
+
+class ParallelConfig(StrictModel):
+    """Data parallelism: parameters sharded `dp_shard` ways (-1: what is left) and replicated."""
+
+    dp_replicate: PositiveInt = 1
+    dp_shard: Annotated[int, Field(ge=-1)] = -1
+    reshard_after_forward: bool = True
+    activation_checkpointing: Literal["none", "full"] = "none"
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _not_zero(self) -> "ParallelConfig":
+        if self.dp_shard == 0:
+            raise ValueError("dp_shard=0: expected a positive number, or -1 for what is left")
+        return self
+
+
+class PrecisionConfig(StrictModel):
+    """Compute dtype. Master weights, optimizer, reductions, gates and norms stay in float32."""
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+
+
+class CheckpointConfig(StrictModel):
+    """When to save, how many to keep (`keep_every`: steps kept for good), and how to verify."""
+
+    every: PositiveInt = 1000
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    keep_every: PositiveInt | None = None
+    asynchronous: bool = False
+    verify: Literal["auto", "full", "size"] = "auto"
+    on_save_error: Literal["stop", "continue"] = "stop"
+
+
+class EvaluationConfig(StrictModel):
+    """Loss on data.valid every so many steps (null: only at the start and the end)."""
+
+    every: PositiveInt | None = None
+    max_samples: PositiveInt | None = None
+
+
+class WandbConfig(StrictModel):
+    """Weights & Biases; `offline` needs no network."""
+
+    project: str
+    mode: Literal["online", "offline"] = "online"
+
+
+class LoggingConfig(StrictModel):
+    """Metrics go to metrics.jsonl always, to the others when asked."""
+
+    every: PositiveInt = 1
+    wandb: WandbConfig | None = None
+    tensorboard: bool = False
+
+
+class Config(StrictModel):
+    """A training run. `name` is its folder under runs/."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    seed: NonNegativeInt = 1234
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    hooks: Annotated[tuple[str, ...], Tuple] = ("progress", "plot")
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "Config":
+        ramps = self.schedule.warmup_steps + self.schedule.cooldown_steps
+        if ramps > self.train.steps:
+            raise ValueError(
+                f"schedule: warmup_steps + cooldown_steps = {ramps} exceeds "
+                f"train.steps = {self.train.steps}"
+            )
+        if self.train.global_batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train: micro_batch_size={self.train.micro_batch_size} does not divide "
+                f"global_batch_size={self.train.global_batch_size}"
+            )
+        return self

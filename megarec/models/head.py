@@ -1,0 +1,58 @@
+"""The language-model head: projection to the vocabulary, soft cap, and the loss."""
+
+import torch
+from megarec_kernels.linear_cross_entropy import linear_cross_entropy
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megarec.config.model import HeadConfig
+from megarec.models.init import Initializer
+
+IGNORE_INDEX = -100
+
+
+class Head(nn.Module):
+    """logits = c * tanh(x W^T / c), in float32 at least; the loss never holds all of them.
+
+    With tied embeddings the head has no weight of its own and is given the embedding's.
+    """
+
+    def __init__(self, config: HeadConfig, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = (
+            None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, d_model))
+        )
+
+    def forward(self, x: Tensor, tied: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return logits, or the summed loss.
+
+        Args:
+            x: (..., d_model).
+            tied: the embedding's weight (vocab, d_model), used where the config ties them.
+            labels: (...) int64, -100 where there is nothing to predict.
+
+        Returns:
+            logits (..., vocab); with labels, a scalar: the sum of cross-entropies in nats, in
+            training mode plus z_loss * logsumexp^2.
+        """
+        weight = tied if self.weight is None else self.weight
+        if labels is not None:
+            return linear_cross_entropy(
+                x,
+                weight,
+                labels,
+                soft_cap=self.config.soft_cap,
+                z_loss=self.config.z_loss if self.training else 0.0,
+                ignore_index=IGNORE_INDEX,
+                chunk_size=self.config.chunk_size,
+            )
+        logits = F.linear(x, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cap = self.config.soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def init_weights(self, init: Initializer) -> None:
+        """Draw the weight with std."""
+        if self.weight is not None:
+            init.normal(self.weight, init.std)

@@ -1,0 +1,58 @@
+"""Initial weights: a pure function of (seed, parameter name), the same on any mesh."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megarec.config.model import ModelConfig
+
+Assign = Callable[[Tensor, Tensor], None]
+
+
+def seed_from(*parts: object) -> int:
+    """Hash any printable parts to a seed in [0, 2^63)."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def assign_whole(parameter: Tensor, whole: Tensor) -> None:
+    """Write a whole tensor into a parameter that is not sharded."""
+    parameter.copy_(whole)
+
+
+class Initializer:
+    """Writes initial values; mixers call it from `init_weights`.
+
+    Every random tensor is drawn whole, on the CPU, in float32, from a generator seeded by
+    (seed, name); `assign` then puts it, or the shard of this rank, into the parameter.
+
+    Attributes:
+        std: standard deviation of ordinary weight matrices.
+        out_std: standard deviation of the matrices that write to the residual stream.
+    """
+
+    def __init__(
+        self, config: ModelConfig, names: dict[Tensor, str], seed: int, assign: Assign
+    ) -> None:
+        init, width, depth = config.init, config.d_model, config.num_layers
+        self.std = (2 / (5 * width)) ** 0.5 if init.std == "small" else init.std
+        self.out_std = 2 / depth / width**0.5 if init.out_std == "wang" else init.out_std
+        self._names = names
+        self._seed = seed
+        self._assign = assign
+
+    def normal(self, parameter: Tensor, std: float) -> None:
+        """Draw from N(0, std^2), not truncated."""
+        generator = torch.Generator("cpu")
+        generator.manual_seed(seed_from(self._seed, self._names[parameter]))
+        self.values(parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+    def constant(self, parameter: Tensor, value: float) -> None:
+        """Set every element to one value."""
+        self.values(parameter, torch.full(parameter.shape, value))
+
+    def values(self, parameter: Tensor, whole: Tensor) -> None:
+        """Set a parameter from its whole (unsharded) tensor of the same shape."""
+        self._assign(parameter, whole)

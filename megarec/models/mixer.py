@@ -1,0 +1,55 @@
+"""The mixer contract: what a token mixer offers to the backbone, and knows of it."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from megarec.models.context import Context
+from megarec.models.init import Initializer
+from megarec.models.state import State
+
+
+class Mixer(nn.Module):
+    """Mixes tokens over time. Written once; it knows nothing of ranks.
+
+    Parameters in a submodule listed in `float32_modules` keep float32 in any precision; that
+    submodule computes with them and returns activations.
+    """
+
+    float32_modules: tuple[str, ...] = ()
+
+    @abstractmethod
+    def forward(
+        self, x_BTD: Tensor, ctx: Context, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Mix a whole sequence.
+
+        Args:
+            x_BTD: (batch, time, d_model).
+            ctx: document boundaries.
+            state: of the tokens before; None at a start.
+
+        Returns:
+            y (batch, time, d_model) and the state after the last token.
+        """
+
+    @abstractmethod
+    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """Mix one token x (batch, d_model); returns y (batch, d_model) and the next state."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int, device: torch.device) -> State:
+        """Return the state before the first token: a flat dict of tensors, batch first."""
+
+    @abstractmethod
+    def init_weights(self, init: Initializer) -> None:
+        """Write the initial value of every parameter."""
+
+    @abstractmethod
+    def tp_plan(self) -> dict[str, str]:
+        """Return {parameter glob: column | row | head | replicate} for tensor parallelism."""
+
+    @abstractmethod
+    def hf_names(self) -> dict[str, str]:
+        """Return {own parameter name: leaf name in the Hugging Face layout}."""

@@ -1,0 +1,47 @@
+"""Normalisation layers; statistics in float32 at least, whatever the activations are."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megarec.models.init import Initializer
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467, eq. 4)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., dim); the result has x's dtype."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+
+    def init_weights(self, init: Initializer) -> None:
+        """Start with scale 1."""
+        init.constant(self.weight, 1.0)
+
+
+class HeadLayerNorm(nn.Module):
+    """LayerNorm over each head's channels, one weight a channel, no bias.
+
+    The cell norm of xLSTM 7B (arXiv 2503.13427, section 3): mean-centred, biased variance.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(num_heads * head_dim))
+
+    def forward(self, x_BTHV: Tensor) -> Tensor:
+        """Normalise x (..., H, V) over V; returns (..., H * V), in x's dtype."""
+        wide = x_BTHV.to(torch.promote_types(x_BTHV.dtype, torch.float32))
+        normed = F.layer_norm(wide, wide.shape[-1:], eps=self.eps)
+        return normed.to(x_BTHV.dtype).flatten(-2) * self.weight
+
+    def init_weights(self, init: Initializer) -> None:
+        """Start with scale 1."""
+        init.constant(self.weight, 1.0)

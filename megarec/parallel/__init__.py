@@ -1,0 +1,1 @@
+"""Parallelism: the device mesh, and one ordered apply() for every family."""

@@ -1,0 +1,68 @@
+"""Parallelise a model: one ordered function for every family."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from megarec.config.schema import Config
+from megarec.models.backbone import Backbone
+
+
+def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) -> Backbone:
+    """Build the model of this rank: on meta, then in order recompute, compile, shard, initialise.
+
+    No rank ever holds the whole model. The weights depend on the seed alone, not on the mesh.
+    """
+    with torch.device("meta"):
+        model = Backbone(config.model)
+    if config.parallel.activation_checkpointing == "full":
+        for _, block in model.layers():
+            block.recompute = True
+    if config.parallel.compile:
+        for _, block in model.layers():
+            block.compile()
+    shard(model, config, mesh)
+    model.to_empty(device=device)
+    model.init_weights(config.seed, assign_shard)
+    return model
+
+
+def shard(model: Backbone, config: Config, mesh: DeviceMesh) -> None:
+    """Apply FSDP2 (HSDP where parameters are replicated too) to each block and the root.
+
+    Modules that a mixer keeps in float32 become units of their own. Master weights are float32;
+    gradients are reduced in float32.
+    """
+    data_mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
+    compute = getattr(torch, config.precision.compute)
+    reshard = config.parallel.reshard_after_forward
+
+    def unit(module: nn.Module, dtype: torch.dtype, reshard_after_forward: bool) -> None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        fully_shard(
+            module, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+        )
+
+    for _, block in model.layers():
+        if compute != torch.float32:
+            for name in block.mixer.float32_modules:
+                unit(block.mixer.get_submodule(name), torch.float32, reshard)
+        unit(block, compute, reshard)
+    # The root's parameters (embedding, norm, head) are needed again right after the forward.
+    unit(model, compute, False)
+
+
+def assign_shard(parameter: Tensor, whole: Tensor) -> None:
+    """Write this rank's shard of a whole tensor that every rank has drawn alike."""
+    if isinstance(parameter, DTensor):
+        whole = distribute_tensor(
+            whole.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            src_data_rank=None,
+        )
+    parameter.copy_(whole)

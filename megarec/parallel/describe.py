@@ -1,0 +1,51 @@
+"""The text of a dry run."""
+
+import torch
+import yaml
+
+from megarec.config.schema import Config
+from megarec.errors import UserError
+from megarec.models.backbone import Backbone
+from megarec.parallel.plan import plan
+
+GIB = 2**30
+
+
+def describe(config: Config, world_size: int) -> str:
+    """Build the model on meta and say what the run needs; the resolved config comes last.
+
+    A recipe that names its mesh in full is described for that mesh, whatever `world_size` is.
+
+    Raises:
+        UserError: the batch or the mesh do not fit, or the model is not what its config counts.
+    """
+    parallel = config.parallel
+    if parallel.dp_shard != -1:
+        world_size = parallel.dp_replicate * parallel.dp_shard
+    sizes = plan(config, world_size)
+    with torch.device("meta"):
+        built = sum(parameter.numel() for parameter in Backbone(config.model).parameters())
+    if built != sizes.num_params:
+        raise UserError(
+            f"model: built {built:,} parameters, but the config counts {sizes.num_params:,}: "
+            "num_params() of a mixer is wrong"
+        )
+    train = config.train
+    state = config.model.state_bytes(train.seq_len)
+    axes = " x ".join(f"{axis} {size}" for axis, size in sizes.axes.items())
+    memory = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in sizes.memory_bytes.items())
+    lines = [
+        f"parameters: {sizes.num_params:,}",
+        f"FLOPs per token: {sizes.flops_per_token / 1e9:.4g} GFLOP (forward and backward)",
+        f"decoding state: {state / 2**20:.2f} MiB a sequence (float32)",
+        f"processes: {world_size} ({axes})",
+        f"memory per rank: about {sum(sizes.memory_bytes.values()) / GIB:.2f} GiB ({memory})",
+        f"batch: {train.global_batch_size} samples x {train.seq_len} tokens = "
+        f"{sizes.tokens_per_step:,} tokens a step, {sizes.micro_batches} micro-batches a rank",
+        f"steps: {train.steps:,}",
+        f"tokens: {train.steps * sizes.tokens_per_step:,}",
+        f"training FLOPs: {train.steps * sizes.tokens_per_step * sizes.flops_per_token:.3e}",
+        "",
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""What a recipe needs, computed without building it: parameters, FLOPs, memory per rank."""
+
+from dataclasses import dataclass
+
+from megarec.config.schema import Config
+from megarec.parallel.mesh import resolve_axes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run.
+
+    Attributes:
+        axes: mesh axis -> size.
+        num_params: of the whole model.
+        flops_per_token: of one training step, forward and backward, without recomputation.
+        tokens_per_step: of the global batch.
+        micro_batches: accumulated by each rank in one step.
+        memory_bytes: of one rank, by kind; an estimate.
+    """
+
+    axes: dict[str, int]
+    num_params: int
+    flops_per_token: float
+    tokens_per_step: int
+    micro_batches: int
+    memory_bytes: dict[str, float]
+
+
+def plan(config: Config, world_size: int) -> Plan:
+    """Compute the plan of a recipe on `world_size` processes (UserError if it does not fit)."""
+    axes = resolve_axes(config.parallel, world_size)
+    train = config.train
+    return Plan(
+        axes=axes,
+        num_params=config.model.num_params(),
+        flops_per_token=config.model.flops_per_token(train.seq_len),
+        tokens_per_step=train.global_batch_size * train.seq_len,
+        micro_batches=train.global_batch_size // (train.micro_batch_size * world_size),
+        memory_bytes=memory_per_rank(config, axes["dp_shard"]),
+    )
+
+
+def memory_per_rank(config: Config, dp_shard: int) -> dict[str, float]:
+    """Estimate the bytes of one rank: states exactly, activations by formula.
+
+    Sharded float32 parameters and gradients (4 bytes each) and two Adam moments (8). Gathered: the
+    root unit and two blocks (one computing, one prefetched) in the compute dtype. Activations, a
+    token and block: the residual stream alone where blocks are recomputed (plus one block at
+    work); otherwise every matmul's input and output, about the block's parameters / d_model
+    numbers. The head: one chunk of logits, twice, in float32, and the gradient of its weight.
+    """
+    model, train = config.model, config.train
+    width = 2 if config.precision.compute == "bfloat16" else 4
+    num_params = model.num_params()
+    blocks = [block.num_params(model.d_model) for block in model.layers]
+    root = num_params - sum(blocks)
+    tokens = train.micro_batch_size * train.seq_len
+    per_token = [params / model.d_model + 2 * model.d_model for params in blocks]
+    if config.parallel.activation_checkpointing == "full":
+        activations = len(blocks) * model.d_model + max(per_token)
+    else:
+        activations = sum(per_token)
+    chunk = min(model.head.chunk_size, tokens)
+    return {
+        "parameters": 4.0 * num_params / dp_shard,
+        "gradients": 4.0 * num_params / dp_shard,
+        "optimizer": 8.0 * num_params / dp_shard,
+        "gathered": width * (root + 2.0 * max(blocks)) if dp_shard > 1 or width == 2 else 0.0,
+        "activations": width * tokens * activations,
+        "head": 4.0 * model.vocab_size * (2 * chunk + model.d_model),
+    }

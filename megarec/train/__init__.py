@@ -1,0 +1,1 @@
+"""Training: the trainer, its run folder, signals, faults and hooks."""

@@ -1,0 +1,230 @@
+"""The training loop: one optimizer step after another, with hooks at named events."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megarec.checkpoint.dcp import training_tensors
+from megarec.checkpoint.manager import CheckpointManager
+from megarec.config.schema import Config
+from megarec.data.build import Dataset
+from megarec.data.loader import Batch, EvalLoader, TrainLoader
+from megarec.device import peak_flops, peak_memory_bytes, synchronize
+from megarec.errors import RunError
+from megarec.evaluation.loss import evaluate_loss
+from megarec.models.backbone import Backbone
+from megarec.models.context import Context
+from megarec.optim.adamw import build_optimizer, set_learning_rate
+from megarec.optim.clip import clip_gradients, gradient_norm
+from megarec.optim.schedule import learning_rate
+from megarec.train.environment import Environment
+from megarec.train.faults import fault
+from megarec.train.hooks import Hook
+from megarec.train.run_folder import RunFolder
+from megarec.train.signals import StopSignal
+from megarec.train.state import TrainState
+from megarec.train.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+Outcome = Literal["done", "preempted"]
+
+
+class Trainer:
+    """Trains a (sharded) model; everything that is saved hangs here.
+
+    Attributes:
+        state: the counters.
+        folder: where the run lives.
+        model, optimizer: the sharded model and its AdamW.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        env: Environment,
+        folder: RunFolder,
+        model: Backbone,
+        dataset: Dataset,
+        evaluation: EvalLoader | None,
+        checkpoints: CheckpointManager,
+        hooks: Sequence[Hook],
+    ) -> None:
+        self.config = config
+        self.env = env
+        self.folder = folder
+        self.model = model
+        self.optimizer = build_optimizer(model, config.optimizer)
+        self.dataset = dataset
+        self.evaluation = evaluation
+        self.checkpoints = checkpoints
+        self.hooks = [hook for hook in hooks if env.is_main or not hook.main_only]
+        self.state = TrainState()
+        self.loader = TrainLoader(
+            dataset,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            data_rank=env.rank,
+            data_ranks=env.world_size,
+        )
+        self._flops_per_token = config.model.flops_per_token(config.train.seq_len)
+        peak = peak_flops(env.device)
+        self._peak_flops = peak and peak * env.world_size
+        self._saved_step: int | None = None
+
+    def fit(self) -> Outcome:
+        """Train to the last step, or until a signal asks to save and stop.
+
+        Raises:
+            RunError: the loss or the gradients were not finite and the policy says stop.
+        """
+        num_steps = self.config.train.steps
+        timeout = self.config.train.step_timeout_seconds
+        with StopSignal() as signal, Watchdog(timeout) as watchdog:
+            self.emit("on_start")
+            stop = False
+            while self.state.step < num_steps and not stop:
+                watchdog.arm()
+                record, stop = self.train_step(signal)
+                watchdog.disarm()
+                self.emit("on_step", record)
+            outcome: Outcome = "done" if self.state.step == num_steps else "preempted"
+            self.emit("on_end", outcome)
+            self.save()
+            self.checkpoints.wait()
+        self.loader.close()
+        return outcome
+
+    def emit(self, event: str, *details: Any) -> None:
+        """Call the method of this name on every hook, in order."""
+        for hook in self.hooks:
+            getattr(hook, event)(self, *details)
+
+    def train_step(self, signal: StopSignal) -> tuple[dict[str, Any], bool]:
+        """Make one optimizer step; returns its metrics, and whether any rank was asked to stop."""
+        config, state = self.config, self.state
+        began = time.perf_counter()
+        fault("step_begin", state.step)
+        batches = self.loader.micro_batches(state.samples // config.train.global_batch_size)
+        fault("data_next", state.step)
+        # The number of tokens must be known on all ranks before the first backward.
+        local_tokens = sum(batch.num_tokens for batch in batches)
+        tokens, stop_requests = self.env.sum([local_tokens, signal.received is not None])
+
+        local_loss = self._forward_backward(batches, tokens)
+        if fault("after_backward", state.step):
+            self._poison_gradients()
+        loss = self.env.sum([local_loss])[0]
+        norm = gradient_norm(self.model).item()
+        fault("before_optim", state.step)
+        lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.steps)
+        # Loss and norm are the same numbers on all ranks, so all decide alike.
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._update(norm, lr)
+        else:
+            self._skip_or_stop(loss, norm, self.env.ranks_where(not math.isfinite(local_loss)))
+        self.optimizer.zero_grad(set_to_none=True)
+
+        state.step += 1
+        state.samples += config.train.global_batch_size
+        state.tokens += int(tokens)
+        synchronize(self.env.device)
+        seconds = time.perf_counter() - began
+        record = {
+            "step": state.step,
+            "loss": loss,
+            "bits_per_byte": loss / math.log(2) / self.dataset.bytes_per_token
+            if self.dataset.bytes_per_token
+            else None,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": state.tokens,
+            "skipped": state.skipped,
+            "tokens_per_second": tokens / seconds,
+            "mfu": self._peak_flops and tokens / seconds * self._flops_per_token / self._peak_flops,
+            "step_seconds": seconds,
+            "memory_bytes": peak_memory_bytes(self.env.device),
+        }
+        return record, stop_requests > 0
+
+    def _forward_backward(self, batches: list[Batch], tokens: float) -> float:
+        """Accumulate gradients of the mean loss over the global batch of `tokens` tokens.
+
+        Returns this rank's part of that loss: the parts of all ranks add up to it.
+        """
+        self.model.train()
+        device = self.env.device
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in batches:
+            loss, _ = self.model(
+                batch.input_ids.to(device),
+                batch.labels.to(device),
+                ctx=Context.from_doc_ids(batch.doc_ids).to(device),
+            )
+            # Data parallelism averages gradients over ranks: undo that, divide by all tokens.
+            (loss * (self.env.world_size / max(tokens, 1))).backward()
+            loss_sum += loss.detach()
+        return loss_sum.item() / max(tokens, 1)
+
+    def _update(self, norm: float, lr: float) -> None:
+        if self.config.optimizer.grad_clip is not None:
+            clip_gradients(self.model, norm, self.config.optimizer.grad_clip)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.state.skipped_in_a_row = 0
+
+    def _skip_or_stop(self, loss: float, norm: float, ranks: list[int]) -> None:
+        config, state = self.config.train, self.state
+        where = f"loss not finite on ranks {ranks}" if ranks else "gradients not finite"
+        what = (
+            f"step {state.step}: {where} (loss {loss}, gradient norm {norm}, samples "
+            f"{state.samples} to {state.samples + config.global_batch_size - 1})"
+        )
+        policy = config.nonfinite
+        if policy.policy == "stop":
+            raise RunError(f"{what}; train.nonfinite.policy is stop: the update was not made")
+        if state.skipped_in_a_row == policy.max_consecutive:
+            raise RunError(f"{what}; {policy.max_consecutive} steps in a row were skipped already")
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        log.warning("%s; update skipped", what)
+
+    def _poison_gradients(self) -> None:
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(math.nan)
+
+    def evaluate(self) -> None:
+        """Measure the loss on held-out data and tell the hooks."""
+        if self.evaluation is None:
+            return
+        record: dict[str, Any] = {"step": self.state.step}
+        results = evaluate_loss(self.model, self.evaluation, self.env.device, self.env.sum)
+        for name, result in results.items():
+            record[f"valid/{name}/loss"] = result.loss
+            record[f"valid/{name}/bits_per_byte"] = result.bits_per_byte
+        self.emit("on_evaluation", record)
+
+    def save(self) -> None:
+        """Publish a checkpoint of this step, unless there is one (collective)."""
+        if self._saved_step == self.state.step:
+            return
+        self.checkpoints.save(
+            self.state.step,
+            training_tensors(self.model, self.optimizer),
+            {"train": self.state.to_json(), "data": self.dataset.fingerprint},
+        )
+        self._saved_step = self.state.step
+        self.emit("on_checkpoint")
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Take everything from a step folder (collective); returns what else it says."""
+        saved = self.checkpoints.load(folder, training_tensors(self.model, self.optimizer))
+        self.state = TrainState.from_json(saved["train"])
+        self._saved_step = self.state.step
+        return saved

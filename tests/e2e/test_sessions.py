@@ -1,0 +1,186 @@
+"""Whole sessions on one and two ranks: equal losses, exact resume, signals, non-finite steps."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from e2e_runs import STOP_STEP, held_out, losses, session, status
+from safetensors.torch import load_file
+
+from megarec.errors import EXIT_PREEMPTED, RunError, UserError
+from megarec.testing.distributed import run_ranks
+
+SKIP = {"nonfinite": {"policy": "skip", "max_consecutive": 1}}
+WORLDS = ("one", "two")
+
+
+def both_worlds(rank: int, world_size: int, runs: str) -> dict[str, int]:
+    """Run everything that one launch can hold; returns exit codes."""
+    folder = Path(runs)
+    codes = {"golden": session(folder, "golden")}
+    codes["stopped"] = session(folder, "resumed", hooks=["e2e_runs:StopOneRank"])
+    if rank == 0:
+        shutil.copytree(folder / "resumed", folder / "stopped")
+    # The hook is no part of what is trained, but the config differs: force says it is meant.
+    codes["resumed"] = session(folder, "resumed", force=True)
+    os.environ["MEGAREC_FAULT"] = f"after_backward:4:{world_size - 1}:nan"
+    codes["skipped"] = session(folder, "skipped", train=SKIP)
+    del os.environ["MEGAREC_FAULT"]
+    return codes
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the runs folder of the same sessions on one and on two ranks."""
+    folders = {}
+    for name, world_size in zip(WORLDS, (1, 2), strict=True):
+        folders[name] = tmp_path_factory.mktemp(name)
+        for codes in run_ranks(both_worlds, world_size, str(folders[name]), timeout=120):
+            assert codes == {
+                "golden": 0,
+                "stopped": EXIT_PREEMPTED,
+                "resumed": 0,
+                "skipped": 0,
+            }
+    return folders
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_run_learns_and_leaves_what_it_should(worlds: dict[str, Path], world: str) -> None:
+    runs = worlds[world]
+    assert len(losses(runs, "golden")) == 12
+    before, after = held_out(runs, "golden")
+    assert after < before - 0.5
+    assert status(runs, "golden")["state"] == "done"
+    run = runs / "golden"
+    assert (run / "checkpoints/latest").read_text().strip() == "step_00000012"
+    kept = sorted(p.name for p in (run / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000008", "step_00000012"]
+    info = json.loads((run / "run.json").read_text())
+    assert info["versions"]["torch"] and info["world_size"] == (2 if world == "two" else 1)
+    assert not (run / "lock").exists()
+
+
+def test_two_ranks_equal_one(worlds: dict[str, Path]) -> None:
+    one, two = losses(worlds["one"], "golden"), losses(worlds["two"], "golden")
+    assert two[0] == pytest.approx(one[0], rel=1e-6)
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_signal_to_one_rank_stops_all_and_resume_is_bitwise(
+    worlds: dict[str, Path], world: str
+) -> None:
+    runs = worlds[world]
+    # The flag travels with the counts of a step's batch: that step is still made.
+    stopped = status(runs, "stopped")
+    assert stopped["state"] == "preempted"
+    assert STOP_STEP < stopped["step"] <= STOP_STEP + 2
+    assert losses(runs, "stopped") == losses(runs, "golden")[: stopped["step"]]
+    assert losses(runs, "resumed") == losses(runs, "golden")
+    assert held_out(runs, "resumed") == held_out(runs, "golden")
+    for shard in (runs / "golden/checkpoints/step_00000012").glob("*.safetensors"):
+        golden = load_file(shard)
+        resumed = load_file(runs / "resumed" / shard.relative_to(runs / "golden"))
+        assert golden.keys() == resumed.keys()
+        assert all(torch.equal(golden[key], resumed[key]) for key in golden)
+
+
+def resume_elsewhere(rank: int, world_size: int, runs: str) -> int:
+    return session(Path(runs), "elsewhere", force=True)
+
+
+@pytest.mark.parametrize(("world", "other"), [("one", 2), ("two", 1)])
+def test_resume_on_another_world_size(worlds: dict[str, Path], world: str, other: int) -> None:
+    runs = worlds[world]
+    shutil.copytree(runs / "stopped", runs / "elsewhere")
+    assert set(run_ranks(resume_elsewhere, other, str(runs))) == {0}
+    assert losses(runs, "elsewhere") == pytest.approx(losses(runs, "golden"), rel=1e-6)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_nan_on_one_rank_skips_the_step_on_all(worlds: dict[str, Path], world: str) -> None:
+    skipped, golden = losses(worlds[world], "skipped"), losses(worlds[world], "golden")
+    # Steps 0 to 4 are as they were; step 5 sees the weights of step 4 and the next data.
+    assert skipped[:5] == golden[:5]
+    assert skipped[5] != golden[5]
+    last = json.loads((worlds[world] / "skipped/metrics.jsonl").read_text().splitlines()[-2])
+    assert last["skipped"] == 1
+
+
+def test_policy_stop_leaves_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGAREC_FAULT", "after_backward:5:0:nan")
+    with pytest.raises(RunError, match=r"step 5: gradients not finite .* samples 40 to 47"):
+        session(tmp_path, "stop")
+    assert status(tmp_path, "stop")["state"] == "failed"
+    assert (tmp_path / "stop/checkpoints/latest").read_text().strip() == "step_00000004"
+    monkeypatch.delenv("MEGAREC_FAULT")
+    assert session(tmp_path, "stop") == 0
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MEGAREC_FAULT", "ckpt_before_manifest:8:0:enospc")
+    with pytest.raises(UserError, match="checkpoint of step 8 .* was not saved: .*No space left"):
+        session(tmp_path, "stop")
+    assert (tmp_path / "stop/checkpoints/latest").read_text().strip() == "step_00000004"
+    with caplog.at_level(logging.WARNING):
+        going_on = {"on_save_error": "continue"}
+        assert session(tmp_path, "goes_on", checkpoint=going_on) == 0
+    assert "training goes on without this checkpoint" in caplog.text
+    assert status(tmp_path, "goes_on")["state"] == "done"
+
+
+def test_accumulation_equals_one_micro_batch(tmp_path: Path) -> None:
+    session(tmp_path, "1x4", train={"micro_batch_size": 8, "steps": 5})
+    session(tmp_path, "4x1", train={"micro_batch_size": 2, "steps": 5})
+    assert losses(tmp_path, "1x4") == pytest.approx(losses(tmp_path, "4x1"), rel=1e-6)
+
+
+def test_a_changed_config_is_refused_with_the_difference(tmp_path: Path) -> None:
+    short = {"steps": 2}
+    assert session(tmp_path, "run", train=short) == 0
+    with pytest.raises(UserError, match=r"optimizer.lr: 0.003 -> 0.1"):
+        session(tmp_path, "run", train=short, optimizer={"lr": 0.1})
+
+
+def test_other_data_and_another_model_are_refused(tmp_path: Path) -> None:
+    short = {"steps": 2}
+    assert session(tmp_path, "run", train=short) == 0
+    step = tmp_path / "run/checkpoints/step_00000002"
+    longer = {"steps": 3, "seq_len": 16}
+    with pytest.raises(UserError, match="was trained on other data"):
+        session(tmp_path, "other", train=longer, resume=step)
+    with pytest.raises(UserError) as caught:
+        session(tmp_path, "wide", train=short, resume=step, model={"d_model": 64})
+    assert 2 <= len(caught.value.lines) <= 11
+    assert any("shape [32] in the checkpoint, expected [64]" in x for x in caught.value.lines)
+
+
+def test_bad_input_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="dp_replicate=1 x dp_shard=3 = 3"):
+        session(tmp_path, "run", parallel={"dp_shard": 3})
+    with pytest.raises(UserError, match="unknown hook 'progres'"):
+        session(tmp_path, "run", hooks=["progres"])
+    with pytest.raises(UserError, match="data.train.text"):
+        session(tmp_path, "run", data={"train": {"text": {"path": "nowhere"}}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_trackers_and_plots(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    logging_section = {"wandb": {"project": "test", "mode": "offline"}, "tensorboard": True}
+    hooks = ["progress", "plot"]
+    assert session(tmp_path, "run", logging=logging_section, hooks=hooks, train={"steps": 3}) == 0
+    run = tmp_path / "run"
+    assert list((run / "logs/tensorboard").glob("events*"))
+    assert list((run / "logs/wandb").glob("offline-run-*"))
+    assert (run / "plots/loss.png").stat().st_size > 10_000

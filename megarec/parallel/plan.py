@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megarec.config.schema import Config
+from megarec.data.loader import accumulation_steps
 from megarec.parallel.mesh import resolve_axes
 
 
@@ -36,7 +37,9 @@ def plan(config: Config, world_size: int) -> Plan:
         num_params=config.model.num_params(),
         flops_per_token=config.model.flops_per_token(train.seq_len),
         tokens_per_step=train.global_batch_size * train.seq_len,
-        micro_batches=train.global_batch_size // (train.micro_batch_size * world_size),
+        micro_batches=accumulation_steps(
+            train.global_batch_size, train.micro_batch_size, world_size
+        ),
         memory_bytes=memory_per_rank(config, axes["dp_shard"]),
     )
 

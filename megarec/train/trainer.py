@@ -110,7 +110,7 @@ class Trainer:
         config, state = self.config, self.state
         began = time.perf_counter()
         fault("step_begin", state.step)
-        batches = self.loader.micro_batches(state.samples // config.train.global_batch_size)
+        batches = self.loader.micro_batches(state.samples)
         fault("data_next", state.step)
         # The number of tokens must be known on all ranks before the first backward.
         local_tokens = sum(batch.num_tokens for batch in batches)

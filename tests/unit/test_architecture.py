@@ -46,9 +46,10 @@ def module_name(path: Path) -> str:
 
 def imports(path: Path) -> Iterator[str]:
     tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+    for node in list(ast.walk(tree)):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body.clear()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:

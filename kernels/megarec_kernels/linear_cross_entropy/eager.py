@@ -1,0 +1,93 @@
+"""Cross-entropy of a linear head, a chunk of tokens at a time, gradients in the forward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def linear_cross_entropy_eager(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    soft_cap: float | None,
+    z_loss: float,
+    ignore_index: int,
+    chunk_size: int,
+) -> Tensor:
+    """Return the loss sum; arguments as in linear_cross_entropy."""
+    with_grad = torch.is_grad_enabled()
+    return _chunked(
+        x_ND, weight_VD, labels_N, soft_cap, z_loss, ignore_index, chunk_size, with_grad
+    )
+
+
+class _Chunked(torch.autograd.Function):
+    """The loss sum; the forward saves the gradients of x and weight for a loss gradient of 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        soft_cap: float | None,
+        z_loss: float,
+        ignore_index: int,
+        chunk_size: int,
+        with_grad: bool,
+    ) -> Tensor:
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        x_grad, weight_grad = (with_grad and needed for needed in ctx.needs_input_grad[:2])
+        dx_ND = torch.empty_like(x_ND) if x_grad else None
+        dweight_VD = torch.zeros_like(weight_VD, dtype=dtype) if weight_grad else None
+        loss = x_ND.new_zeros((), dtype=dtype)
+        for start in range(0, x_ND.shape[0], chunk_size):
+            rows = slice(start, start + chunk_size)
+            x_CD, labels_C1 = x_ND[rows], labels_N[rows, None]
+            kept_C1 = labels_C1 != ignore_index
+            labels_C1 = labels_C1.where(kept_C1, 0)
+
+            logits_CV = (x_CD @ weight_VD.T).to(dtype)
+            tanh_CV = None
+            if soft_cap is not None:
+                # 2 sigmoid(2a) - 1 is tanh(a), and on CPU several times faster than torch.tanh.
+                tanh_CV = logits_CV.mul_(2 / soft_cap).sigmoid_().mul_(2).sub_(1)
+                logits_CV = tanh_CV * soft_cap
+            max_C1 = logits_CV.amax(-1, keepdim=True)
+            label_logits_C1 = logits_CV.gather(1, labels_C1)
+            exp_CV = logits_CV.sub_(max_C1).exp_()
+            sum_C1 = exp_CV.sum(-1, keepdim=True)
+            lse_C1 = max_C1 + sum_C1.log()
+            loss_C1 = lse_C1 - label_logits_C1 + z_loss * lse_C1.square()
+            loss += loss_C1.masked_fill_(~kept_C1, 0).sum()
+            if dx_ND is None and dweight_VD is None:
+                continue
+
+            dlogits_CV = exp_CV.mul_((1 + 2 * z_loss * lse_C1) * kept_C1 / sum_C1)
+            dlogits_CV.scatter_add_(1, labels_C1, -kept_C1.to(dtype))
+            if tanh_CV is not None:
+                dlogits_CV.mul_(tanh_CV.square_().neg_().add_(1))
+            dlogits_CV = dlogits_CV.to(x_ND.dtype)
+            if dx_ND is not None:
+                torch.mm(dlogits_CV, weight_VD, out=dx_ND[rows])
+            if dweight_VD is not None:
+                dweight_VD += dlogits_CV.T @ x_CD
+        ctx.save_for_backward(dx_ND, dweight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dx_ND, dweight_VD = ctx.saved_tensors
+        if dx_ND is not None:
+            dx_ND = dx_ND * dloss
+        if dweight_VD is not None:
+            dweight_VD = (dweight_VD * dloss).to(ctx.weight_dtype)
+        return dx_ND, dweight_VD, *[None] * 6
+
+
+_chunked: Callable[..., Tensor] = _Chunked.apply

@@ -1,0 +1,56 @@
+"""What the command-line scripts share: one-line errors, and output folders published whole."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megarec.errors import EXIT_USER_ERROR, UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; bad input and file errors print one line each and exit with code 2.
+
+    ``MEGAREC_DEBUG=1`` shows the traceback instead.
+    """
+    try:
+        main()
+    except (UserError, OSError) as error:
+        if os.environ.get("MEGAREC_DEBUG") == "1":
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+@contextmanager
+def new_folder(out: Path, *, force: bool, contents: Sequence[str]) -> Iterator[Path]:
+    """Give a temporary folder beside ``out`` that takes its name when the block succeeds.
+
+    A non-empty ``out`` is replaced only with ``force``, and only if every entry in it matches a
+    pattern of ``contents``: it then is an earlier output. Raises UserError otherwise.
+    """
+    out = out.resolve()
+    entries = sorted(out.iterdir()) if out.exists() else []
+    if entries and not force:
+        raise UserError(f"--out {out}: not empty; give another folder, or --force to replace it")
+    foreign = [p.name for p in entries if not any(p.match(pattern) for pattern in contents)]
+    if foreign:
+        raise UserError(f"--out {out}: holds '{foreign[0]}', not ours: --force does not replace it")
+    beside = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if out.exists():
+            shutil.rmtree(out)
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_new_file(out: Path, *, force: bool) -> None:
+    """Raise UserError when a file exists and may not be overwritten."""
+    if out.exists() and not force:
+        raise UserError(f"--out {out}: exists; give another name, or --force to replace it")

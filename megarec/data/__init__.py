@@ -1,0 +1,1 @@
+"""Data: tokenizers, token shards, seeded streams and mixtures, the loaders, synthetic tasks."""

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from megarec.config.schema import DataConfig, SourceConfig
 from megarec.data.loader import FiniteSource
 from megarec.data.mixture import Mixture
-from megarec.data.sample import Sample
+from megarec.data.sample import Bos, Sample
 from megarec.data.shards import ShardFolder
 from megarec.data.sources import EvalSource, Source, TokenSource
 from megarec.data.synthetic import Task, make_task
@@ -75,16 +75,21 @@ def build_train_dataset(
 
 
 def build_eval_sources(
-    data: DataConfig, *, seq_len: int, vocab_size: int, tokenizer: Tokenizer
+    sources: Mapping[str, SourceConfig],
+    *,
+    bos: Bos,
+    seq_len: int,
+    vocab_size: int,
+    tokenizer: Tokenizer,
 ) -> list[FiniteSource]:
     """Build ``data.valid``; raises UserError with a line for every problem of every source."""
 
     def build(name: str, opened: Opened) -> FiniteSource:
         if isinstance(opened, Task):
             return SyntheticEvalSource(opened, name, seq_len=seq_len)
-        return EvalSource(opened, name, seq_len=seq_len, bos=data.bos)
+        return EvalSource(opened, name, seq_len=seq_len, bos=bos)
 
-    opened = _open_all(data.valid, "data.valid", seq_len, vocab_size, tokenizer)
+    opened = _open_all(sources, "data.valid", seq_len, vocab_size, tokenizer)
     return [build(name, source) for name, source in opened.items()]
 
 

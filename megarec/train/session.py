@@ -84,7 +84,7 @@ def _open_data(config: Config, env: Environment) -> tuple[Dataset, EvalLoader | 
     if not config.data.valid:
         return dataset, None
     evaluation = EvalLoader(
-        build_eval_sources(config.data, **common),
+        build_eval_sources(config.data.valid, bos=config.data.bos, **common),
         micro_batch_size=config.train.micro_batch_size,
         max_samples=config.evaluation.max_samples,
         data_rank=env.rank,

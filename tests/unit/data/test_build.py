@@ -102,14 +102,16 @@ def test_eval_sources(make_shards, tokenizer: Tokenizer) -> None:
             "valid": {"text": {"path": text}, "parity": {"synthetic": "parity"}},
         }
     )
-    sources = build_eval_sources(data, seq_len=8, vocab_size=257, tokenizer=tokenizer)
+    sources = build_eval_sources(
+        data.valid, bos=data.bos, seq_len=8, vocab_size=257, tokenizer=tokenizer
+    )
     totals = {"text": 0, "parity": 0}
     for name, batch in EvalLoader(sources, micro_batch_size=4, data_rank=0, data_ranks=1):
         totals[name] += batch.num_tokens
     # Every token of the text but the first of each of its 3 documents.
     assert totals == {"text": 55 - 3, "parity": 256 * 8}
     with pytest.raises(UserError, match="data.valid.text: .*vocab_size=200"):
-        build_eval_sources(data, seq_len=8, vocab_size=200, tokenizer=tokenizer)
+        build_eval_sources(data.valid, bos=data.bos, seq_len=8, vocab_size=200, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarec.data import prepare
 from megarec.cli import new_folder
+from megarec.data import prepare
 from megarec.data.documents import read_documents
 from megarec.data.prepare import encode_documents, head, split_at, split_pieces, tail
 from megarec.data.tokenizer import Tokenizer

@@ -1,0 +1,27 @@
+"""The golden model, for all conversion tests."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parents[1] / "golden/xlstm"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of a tiny model in Hugging Face format."""
+    return GOLDEN / "tiny128"
+
+
+@pytest.fixture(scope="session")
+def arrays() -> dict[str, Any]:
+    """What transformers and a float64 reference compute with that model."""
+    import numpy
+
+    with numpy.load(GOLDEN / "golden_tiny128.npz") as file:
+        return {
+            name: torch.from_numpy(file[name]) if file[name].dtype.kind != "U" else file[name]
+            for name in file.files
+        }

@@ -1,0 +1,100 @@
+"""Faults under a real torchrun: killed and hanging workers."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from e2e_runs import losses, session
+from safetensors.torch import load_file
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from e2e_runs import session
+sys.exit(session(Path(sys.argv[2]), "run", train={"step_timeout_seconds": 8}))
+"""
+
+
+def torchrun(folder: Path, fault: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the tiny recipe on two ranks with a fault."""
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    environment = {"MEGAREC_FAULT": fault} if fault else {}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(script), str(Path(__file__).parents[1]), str(folder)],
+        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # fmt: skip
+
+
+def test_a_killed_rank_ends_the_run_and_resume_is_bitwise(tmp_path: Path) -> None:
+    began = time.monotonic()
+    killed = torchrun(tmp_path, "after_backward:7:1:kill9")
+    assert killed.returncode != 0 and time.monotonic() - began < 60
+    run = tmp_path / "run"
+    assert json.loads((run / "status.json").read_text())["state"] != "done"
+    assert (run / "checkpoints/latest").read_text().strip() == "step_00000004"
+    # Killed while it saves step 8, it resumes from 4 again; then it ends.
+    assert torchrun(tmp_path, "ckpt_before_manifest:8:0:kill9").returncode != 0
+    assert list((run / "checkpoints").glob("*.tmp-*"))
+    assert torchrun(tmp_path).returncode == 0
+    assert not list((run / "checkpoints").glob("*.tmp-*"))
+    golden = tmp_path / "golden"
+    assert torchrun_golden(golden) == losses(tmp_path, "run")
+    for shard in (golden / "run/checkpoints/step_00000012").glob("*.safetensors"):
+        ours = load_file(run / shard.relative_to(golden / "run"))
+        assert all(torch.equal(ours[name], tensor) for name, tensor in load_file(shard).items())
+
+
+def torchrun_golden(folder: Path) -> list[float]:
+    folder.mkdir()
+    assert torchrun(folder).returncode == 0
+    return losses(folder, "run")
+
+
+def test_a_hanging_rank_is_reported_with_its_stack(tmp_path: Path) -> None:
+    began = time.monotonic()
+    hung = torchrun(tmp_path, "before_optim:2:1:hang")
+    assert hung.returncode != 0 and time.monotonic() - began < 60
+    assert "Timeout (0:00:08)!" in hung.stderr
+    assert "faults.py" in hung.stderr and "environment.py" in hung.stderr
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "point",
+    [
+        "step_begin",
+        "data_next",
+        "before_optim",
+        "ckpt_shard_written",
+        "ckpt_before_rename",
+        "ckpt_after_rename",
+    ],
+)
+def test_killed_anywhere_it_resumes_bitwise(tmp_path: Path, point: str, rank: int) -> None:
+    # Only rank 0 publishes: a fault there on rank 1 never fires, and the run simply ends.
+    torchrun(tmp_path, f"{point}:8:{rank}:kill9")
+    assert torchrun(tmp_path).returncode == 0
+    assert losses(tmp_path, "run") == torchrun_golden(tmp_path / "golden")
+
+
+@pytest.mark.faults
+def test_a_rank_that_raises_ends_all(tmp_path: Path) -> None:
+    failed = torchrun(tmp_path, "after_backward:3:1:raise")
+    assert failed.returncode != 0 and "injected fault" in failed.stderr
+
+
+@pytest.mark.faults
+def test_six_bad_steps_in_a_row_stop(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="not finite"):
+        session(tmp_path, "inf", optimizer={"lr": 1e30, "grad_clip": None})

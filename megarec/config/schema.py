@@ -118,7 +118,6 @@ class ParallelConfig(StrictModel):
     dp_shard: Annotated[int, Field(ge=-1)] = -1
     reshard_after_forward: bool = True
     activation_checkpointing: Literal["none", "full"] = "none"
-    compile: bool = False
 
     @model_validator(mode="after")
     def _not_zero(self) -> "ParallelConfig":

@@ -11,7 +11,7 @@ from megarec.models.backbone import Backbone
 
 
 def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) -> Backbone:
-    """Build the model of this rank: on meta, then in order recompute, compile, shard, initialise.
+    """Build the model of this rank: on meta, then in order recompute, shard, initialise.
 
     No rank ever holds the whole model. The weights depend on the seed alone, not on the mesh.
     """
@@ -20,9 +20,6 @@ def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) 
     if config.parallel.activation_checkpointing == "full":
         for _, block in model.layers():
             block.recompute = True
-    if config.parallel.compile:
-        for _, block in model.layers():
-            block.compile()
     shard(model, config, mesh)
     model.to_empty(device=device)
     model.init_weights(config.seed, assign_shard)

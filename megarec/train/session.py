@@ -56,7 +56,7 @@ def run(config: Config, options: Options) -> int:
         dataset, evaluation = ranks.together(lambda: _open_data(config, env))
         hooks = ranks.together(lambda: build_hooks(config))
         folder = RunFolder(options.runs / config.name)
-        with _locked(folder, ranks):
+        with _locked(folder, ranks), _logging(folder, env):
             plain = config.model_dump(mode="json")
             ranks.first(lambda: folder.write_config(plain, force=options.force))
             ranks.first(
@@ -67,7 +67,6 @@ def run(config: Config, options: Options) -> int:
                     tokens_per_step=sizes.tokens_per_step,
                 )
             )
-            _log_to_files(folder, env)
             trainer = _assemble(config, env, folder, dataset, evaluation, hooks)
             _restore(trainer, options)
             return _train(trainer, ranks)
@@ -103,19 +102,30 @@ def _locked(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
             folder.release()
 
 
-def _log_to_files(folder: RunFolder, env: Environment) -> None:
-    """Everything at INFO goes to logs/rank<k>.log; the user sees the warnings of rank 0."""
+@contextmanager
+def _logging(folder: RunFolder, env: Environment) -> Iterator[None]:
+    """Log INFO and above to logs/rank<k>.log; the user sees the warnings of rank 0."""
     folder.logs.mkdir(exist_ok=True)
     to_file = logging.FileHandler(folder.logs / f"rank{env.rank}.log", encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    root.addHandler(to_file)
+    handlers: list[logging.Handler] = [to_file]
     if env.is_main:
         to_terminal = logging.StreamHandler(sys.stderr)
         to_terminal.setLevel(logging.WARNING)
         to_terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        root.addHandler(to_terminal)
+        handlers.append(to_terminal)
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.INFO)
+    for handler in handlers:
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
 
 
 def _assemble(

@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megarec.cli import new_folder, run
+from megarec.cli import fraction, new_folder, run
 from megarec.data.documents import read_documents
 from megarec.data.manifest import Manifest
-from megarec.data.prepare import head, tail, write_documents
+from megarec.data.prepare import bytes_before_holdout, head, tail, write_documents
 from megarec.data.shards import DEFAULT_SHARD_TOKENS, ShardWriter
 from megarec.data.tokenizer import load_tokenizer
 from megarec.errors import UserError
@@ -37,8 +37,7 @@ def main() -> None:
 
     parts = {".": documents}
     if args.holdout:
-        total = sum(len(text.encode()) for text in documents())
-        cut = total - round(total * args.holdout)
+        cut = bytes_before_holdout(documents(), args.holdout)
         parts = {"train": lambda: head(documents(), cut), "valid": lambda: tail(documents(), cut)}
 
     contents = ("manifest.json", "shard_*", "train", "valid")
@@ -85,14 +84,6 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a positive integer")
-    return value
-
-
-def fraction(text: str) -> float:
-    """Parse a number between 0 and 1, both excluded."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number between 0 and 1")
     return value
 
 

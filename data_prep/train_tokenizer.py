@@ -11,12 +11,14 @@ sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != HERE]
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megarec.cli import check_new_file, run
+from megarec.cli import check_new_file, fraction, run
 from megarec.data.documents import read_documents
+from megarec.data.prepare import bytes_before_holdout, head
 from megarec.data.tokenizer import EOD_TOKEN, byte_alphabet
 from megarec.errors import UserError
 
@@ -32,6 +34,7 @@ def main() -> None:
     add("--out", required=True, type=Path, help="tokenizer.json to write")
     add("--text-key", default="text", help="field that holds the text (default: text)")
     add("--split", default="train", help="split of a dataset (default: train)")
+    add("--holdout", type=fraction, help="share of the bytes to leave out, as tokenize.py does")
     add("--force", action="store_true", help="overwrite --out")
     args = parser.parse_args()
     if args.vocab_size < SMALLEST:
@@ -50,12 +53,15 @@ def main() -> None:
         initial_alphabet=byte_alphabet(),
         show_progress=False,
     )
-    documents = (
-        text
-        for source in args.files
-        for text in read_documents(source, text_key=args.text_key, split=args.split)
-    )
-    tokenizer.train_from_iterator(documents, trainer)
+
+    def documents() -> Iterator[str]:
+        for source in args.files:
+            yield from read_documents(source, text_key=args.text_key, split=args.split)
+
+    kept = documents()
+    if args.holdout:
+        kept = head(kept, bytes_before_holdout(documents(), args.holdout))
+    tokenizer.train_from_iterator(kept, trainer)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     beside = args.out.with_name(f".{args.out.name}.tmp-{os.getpid()}")

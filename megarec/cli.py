@@ -1,5 +1,6 @@
 """What the command-line scripts share: one-line errors, and output folders published whole."""
 
+import argparse
 import os
 import shutil
 import sys
@@ -23,6 +24,14 @@ def run(main: Callable[[], None]) -> None:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def fraction(text: str) -> float:
+    """Parse an argument between 0 and 1, both excluded."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number between 0 and 1")
+    return value
 
 
 @contextmanager

@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 from megarec.errors import EXIT_USER_ERROR, RunError, UserError
 from megarec.parallel.describe import describe
 from megarec.train.session import Options, run
+from megarec.train.watchdog import exit_with_parent
 
 
 def main() -> int:
@@ -47,6 +48,8 @@ def train(args: argparse.Namespace, is_main: bool) -> int:
     try:
         config = load_config(args.config, args.overrides)
         if not args.dry_run:
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                exit_with_parent()
             return run(config, Options(args.runs, args.resume, args.force))
         if is_main:
             print(describe(config, int(os.environ.get("WORLD_SIZE", 1))))

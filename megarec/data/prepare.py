@@ -74,6 +74,12 @@ def write_documents(documents: Iterable[str], writer: ShardWriter) -> None:
         writer.add(ids, text_bytes)
 
 
+def bytes_before_holdout(documents: Iterable[str], holdout: float) -> int:
+    """Return where the last share `holdout` of the documents' UTF-8 bytes begins."""
+    total = sum(len(text.encode()) for text in documents)
+    return total - round(total * holdout)
+
+
 def head(documents: Iterable[str], cut: int) -> Iterator[str]:
     """Yield what lies in the first ``cut`` bytes of the documents; see ``split_at``."""
     for text, start, stop in _spans(documents):

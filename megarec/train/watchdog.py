@@ -1,12 +1,30 @@
-"""End a process whose step takes too long, and say where it hangs."""
+"""End a process whose step takes too long (and say where it hangs), or whose launcher is gone."""
 
 import faulthandler
+import os
 import sys
 import threading
+import time
 from types import TracebackType
 from typing import Self, TextIO
 
 LOG_LEAD_SECONDS = 0.5
+PARENT_SECONDS = 0.5
+
+
+def exit_with_parent() -> None:
+    """End this process, within a second, when the process that started it is gone.
+
+    A launcher killed by SIGKILL cannot end its workers: they would train on, holding the lock.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
 
 
 class Watchdog:

@@ -30,6 +30,7 @@ def both_worlds(rank: int, world_size: int, runs: str) -> dict[str, int]:
     os.environ["MEGAREC_FAULT"] = f"after_backward:4:{world_size - 1}:nan"
     codes["skipped"] = session(folder, "skipped", train=SKIP)
     del os.environ["MEGAREC_FAULT"]
+    codes["asynchronous"] = session(folder, "asynchronous", checkpoint={"asynchronous": True})
     return codes
 
 
@@ -45,6 +46,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 "stopped": EXIT_PREEMPTED,
                 "resumed": 0,
                 "skipped": 0,
+                "asynchronous": 0,
             }
     return folders
 
@@ -88,6 +90,21 @@ def test_a_signal_to_one_rank_stops_all_and_resume_is_bitwise(
         resumed = load_file(runs / "resumed" / shard.relative_to(runs / "golden"))
         assert golden.keys() == resumed.keys()
         assert all(torch.equal(golden[key], resumed[key]) for key in golden)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_asynchronous_checkpoints_hold_the_step_they_name(
+    worlds: dict[str, Path], world: str
+) -> None:
+    for step in ("step_00000008", "step_00000012"):
+        golden, background = (
+            sorted((worlds[world] / name / "checkpoints" / step).glob("*.safetensors"))
+            for name in ("golden", "asynchronous")
+        )
+        assert len(golden) == len(background) > 0
+        for one, other in zip(golden, background, strict=True):
+            tensors, copies = load_file(one), load_file(other)
+            assert all(torch.equal(tensors[key], copies[key]) for key in tensors)
 
 
 def resume_elsewhere(rank: int, world_size: int, runs: str) -> int:

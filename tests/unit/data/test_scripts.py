@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megarec.data.manifest import read_manifest
-from megarec.data.prepare import write_documents
+from megarec.data.prepare import bytes_before_holdout, head, write_documents
 from megarec.data.shards import ShardFolder, ShardWriter
 from megarec.data.tokenizer import load_tokenizer
 
@@ -47,6 +47,19 @@ def test_from_text_to_verified_shards(text_file: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(vocab)
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (280, 0)
     assert tokenizer.decode(tokenizer.encode("Hello  wörld\n\t42")) == "Hello  wörld\n\t42"
+
+    # --holdout gives the tokenizer of the first part alone.
+    mixed, first = tmp_path / "mixed.txt", tmp_path / "first.txt"
+    mixed.write_text(TEXT + "zyzzyva\n" * (len(TEXT) // 16))
+    cut = bytes_before_holdout([mixed.read_text()], 0.4)
+    first.write_text("".join(head([mixed.read_text()], cut)))
+    tokenizers = []
+    for words in ((first,), (mixed, "--holdout", "0.4"), (mixed,)):
+        out_file = tmp_path / f"bpe{len(tokenizers)}.json"
+        code, _, err = run("train_tokenizer.py", *words, "--vocab-size", "280", "--out", out_file)
+        assert (code, err) == (0, "")
+        tokenizers.append(out_file.read_text())
+    assert tokenizers[0] == tokenizers[1] != tokenizers[2]
 
     args = (text_file, "--tokenizer", vocab, "--out", tmp_path / "out")
     code, out, err = run("tokenize.py", *args, "--holdout", "0.25", cwd=here)

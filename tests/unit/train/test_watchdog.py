@@ -1,7 +1,9 @@
 """A step that hangs ends the process and names the line; steps in time do not."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 SCRIPT = """
@@ -44,3 +46,32 @@ def test_steps_in_time_are_left_alone(tmp_path: Path):
     assert result.stdout == "steps done\nended\n"
     assert result.stderr == ""
     assert (tmp_path / "rank0.log").read_text() == ""
+
+
+ORPHAN = """
+import os, subprocess, sys, time
+if sys.argv[1] == "child":
+    from megarec.train.watchdog import exit_with_parent
+    exit_with_parent()
+    print("started", flush=True)
+    time.sleep(30)
+child = subprocess.Popen([sys.executable, "-c", os.environ["ORPHAN"], "child"])
+time.sleep(30)
+"""
+
+
+def test_a_worker_ends_with_its_launcher():
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, "launcher"],
+        env=os.environ | {"ORPHAN": ORPHAN},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == "started\n"
+    launcher.kill()
+    began = time.monotonic()
+    # The worker holds the other end of the pipe: it closes when the worker is gone.
+    assert launcher.stdout.read() == ""
+    assert time.monotonic() - began < 10
+    launcher.wait()

@@ -21,11 +21,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megarec.checkpoint.mismatch import mismatches
 from megarec.errors import UserError
 
 MODEL = "model."
 OPTIMIZER = "optimizer."
-MAX_MISMATCHES = 10
 
 
 def write(
@@ -61,7 +61,9 @@ def read(
     tools do that want ``model.*`` only.
     Raises UserError, before any tensor changes, when names or shapes do not fit.
     """
-    problems = mismatches(folder, tensors, partial=partial)
+    stored = {name: shape for name, (shape, _) in describe(folder).items()}
+    expected = {name: tensor.shape for name, tensor in tensors.items()}
+    problems = mismatches(str(folder), stored, expected, partial=partial)
     if problems:
         raise UserError(*problems)
     with _as_user_errors(), _quiet():
@@ -87,27 +89,6 @@ def describe(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         for name, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-
-
-def mismatches(folder: Path, tensors: Mapping[str, Tensor], *, partial: bool) -> list[str]:
-    """Return how the folder differs from `tensors`, a line each, the first ten; [] if it fits."""
-    stored = {name: shape for name, (shape, _) in describe(folder).items()}
-    expected = {name: tensor.shape for name, tensor in tensors.items()}
-    problems = [
-        f"{name}: shape {list(stored[name])} in the checkpoint, expected {list(expected[name])}"
-        for name in sorted(stored.keys() & expected.keys())
-        if stored[name] != expected[name]
-    ]
-    problems += [f"{name}: missing in the checkpoint" for name in sorted(expected.keys() - stored)]
-    if not partial:
-        problems += [f"{name}: not in this model" for name in sorted(stored.keys() - expected)]
-    lines = [f"{folder}: {problem}" for problem in problems[:MAX_MISMATCHES]]
-    if problems:
-        lines.append(
-            f"{folder}: {len(problems)} tensors differ: this is the checkpoint of another model; "
-            "use the config in its run folder"
-        )
-    return lines
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

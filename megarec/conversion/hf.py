@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megarec.checkpoint.atomic import beside, discard, fsync_folder
+from megarec.checkpoint.mismatch import mismatches
 from megarec.config.loader import config_errors
 from megarec.config.model import ModelConfig
 from megarec.conversion.model_card import TrainingRecord, write_model_card
@@ -25,7 +26,6 @@ from megarec.models.backbone import Backbone
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-MAX_MISMATCHES = 10
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -114,16 +114,13 @@ def import_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 def check_tensors(where: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise UserError, with the first ten differences, unless names and shapes are the same."""
-    problems = [f"{name}: missing" for name in sorted(expected.keys() - found)]
-    problems += [f"{name}: not in this model" for name in sorted(found.keys() - expected)]
-    problems += [
-        f"{name}: shape {list(found[name].shape)}, expected {list(expected[name].shape)}"
-        for name in sorted(found.keys() & expected)
-        if found[name].shape != expected[name].shape
-    ]
+    problems = mismatches(
+        where,
+        {name: tensor.shape for name, tensor in found.items()},
+        {name: tensor.shape for name, tensor in expected.items()},
+    )
     if problems:
-        lines = [f"{where}: {problem}" for problem in problems[:MAX_MISMATCHES]]
-        raise UserError(*lines, f"{where}: {len(problems)} tensors do not fit the model's config")
+        raise UserError(*problems)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -151,10 +151,10 @@ def test_tensors_that_do_not_fit_are_named(golden: Path, tmp_path: Path) -> None
     with pytest.raises(UserError) as caught:
         import_hf(write_folder(tmp_path, golden, {}, changes))
     assert [line.partition(": ")[2] for line in caught.value.lines] == [
+        "head.weight: shape [100, 128], expected [128, 128]",
         "norm.weight: missing",
         "backbone.extra: not in this model",
-        "head.weight: shape [100, 128], expected [128, 128]",
-        "3 tensors do not fit the model's config",
+        "3 tensors differ: these are of another model",
     ]
 
 

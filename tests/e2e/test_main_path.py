@@ -59,7 +59,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
     (commands.folder / "text.txt").write_text(TEXT.read_text()[:120_000])
     commands.python(
         "data_prep/tokenize.py", "text.txt", "--tokenizer", "byte", "--holdout", 0.05,
-        "--out", "data/quickstart",
+        "--out", "data/tiny",
     )  # fmt: skip
     return commands
 

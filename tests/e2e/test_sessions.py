@@ -178,7 +178,7 @@ def test_other_data_and_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         session(tmp_path, "wide", train=short, resume=step, model={"d_model": 64})
     assert 2 <= len(caught.value.lines) <= 11
-    assert any("shape [32] in the checkpoint, expected [64]" in x for x in caught.value.lines)
+    assert any("shape [32], expected [64]" in x for x in caught.value.lines)
 
 
 def test_bad_input_writes_nothing(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_another_model_is_refused_with_ten_lines_and_nothing_changes(tmp_path: P
     with pytest.raises(UserError) as caught:
         dcp.read(tmp_path, tensors)
     assert len(caught.value.lines) == 11
-    expected = "model.0.bias: shape [2] in the checkpoint, expected [3]"
+    expected = "model.0.bias: shape [2], expected [3]"
     assert caught.value.lines[0].endswith(expected)
     assert "18 tensors differ" in caught.value.lines[-1]
     assert all(torch.equal(tensors[name], before[name]) for name in before)
@@ -56,7 +56,7 @@ def test_missing_and_extra_names_are_told_apart(tmp_path: Path):
     kept = torch.zeros(1)
     with pytest.raises(UserError) as caught:
         dcp.read(tmp_path, {"a": kept, "new": torch.zeros(1)})
-    assert "new: missing in the checkpoint" in caught.value.lines[0]
+    assert "new: missing" in caught.value.lines[0]
     assert "old: not in this model" in caught.value.lines[1]
     assert kept.item() == 0
     dcp.read(tmp_path, {"a": kept}, partial=True)

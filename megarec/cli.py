@@ -21,9 +21,14 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         if os.environ.get("MEGAREC_DEBUG") == "1":
             raise
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print_error(error)
         sys.exit(EXIT_USER_ERROR)
+
+
+def print_error(error: Exception) -> None:
+    """Print an error's lines to stderr, each marked as one."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
 
 
 def fraction(text: str) -> float:

@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
         raise
     sys.exit("megarec is not installed: run `pip install -e .` in the repository first")
 
+from megarec.cli import print_error
 from megarec.errors import EXIT_USER_ERROR, RunError, UserError
 from megarec.parallel.describe import describe
 from megarec.train.session import Options, run
@@ -58,7 +59,7 @@ def train(args: argparse.Namespace, is_main: bool) -> int:
         if os.environ.get("MEGAREC_DEBUG") == "1":
             raise
         if is_main:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
         return EXIT_USER_ERROR if isinstance(error, UserError) else 1
 
 

@@ -187,7 +187,8 @@ class Config(StrictModel):
     @model_validator(mode="after")
     def _schedule_fits(self) -> "Config":
         ramps = self.schedule.warmup_steps + self.schedule.cooldown_steps
-        if ramps > self.train.steps:
+        # A short trial may well end inside the warm-up; a cool-down needs its whole length.
+        if self.schedule.cooldown_steps and ramps > self.train.steps:
             raise ValueError(
                 f"schedule: warmup_steps + cooldown_steps = {ramps} exceeds "
                 f"train.steps = {self.train.steps}"

@@ -35,7 +35,7 @@ def is_hf_folder(path: Path) -> bool:
 
 def export_hf(
     model: Backbone,
-    folder: Path,
+    folder: Path | str,
     tokenizer: Tokenizer | None = None,
     *,
     record: TrainingRecord | None = None,
@@ -62,6 +62,7 @@ def export_hf(
     """
     from huggingface_hub import save_torch_state_dict
 
+    folder = Path(folder)
     target = target_for_export(model.config)
     config = target.export_config(model.config)
     config |= token_ids(tokenizer, model.config.vocab_size)
@@ -88,7 +89,7 @@ def export_hf(
         )
 
 
-def import_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def import_hf(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Read a model from a folder in Hugging Face format.
 
     Returns:
@@ -99,6 +100,7 @@ def import_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         UserError: a file is missing or damaged, an architecture or option that megarec does not
             have, or tensors that do not fit config.json.
     """
+    folder = Path(folder)
     path = folder / CONFIG
     hf = _read_json(path)
     target = target_for_import(hf.get("model_type"), str(path))

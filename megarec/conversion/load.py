@@ -23,7 +23,9 @@ MODEL_FILE = "model.yaml"
 """What an imported run folder has in place of config.yaml: a mapping of the model section only."""
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Backbone, Config | None]:
+def load_model(
+    path: Path | str, device: torch.device | str = "cpu"
+) -> tuple[Backbone, Config | None]:
     """Load a model in float32, whole, in one process.
 
     Args:
@@ -37,6 +39,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Backbone
     Raises:
         UserError: nothing to load there, a damaged file, or tensors of another model.
     """
+    path = Path(path)
     if is_hf_folder(path):
         model_config, tensors = import_hf(path)
         model = _empty_model(model_config, device)

@@ -34,4 +34,5 @@ def test_no_ramps() -> None:
     assert lr[0] == 2.0
     assert lr[50] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * 0.5)) / 2))
     assert lr == sorted(lr, reverse=True)
+    assert schedule("cosine", warmup_steps=200, cooldown_steps=0)[99] == pytest.approx(0.99)
     assert schedule("constant", warmup_steps=100, cooldown_steps=0)[99] == pytest.approx(1.98)

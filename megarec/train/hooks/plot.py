@@ -64,7 +64,7 @@ def plot_loss(metrics: dict[str, Path], out: Path) -> None:
     plt.close(figure)
 
 
-def _running_mean(values: list[float], decay: float = 0.95) -> list[float]:
+def _running_mean(values: list[float], decay: float = 0.9) -> list[float]:
     """Exponential running mean, corrected for its start."""
     means: list[float] = []
     total = weight = 0.0

@@ -32,7 +32,7 @@ from megarec.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-Outcome = Literal["done", "preempted"]
+Outcome = Literal["done", "preempted", "failed"]
 
 
 class Trainer:
@@ -85,19 +85,23 @@ class Trainer:
         """
         num_steps = self.config.train.steps
         timeout = self.config.train.step_timeout_seconds
+        outcome: Outcome = "failed"
         with StopSignal() as signal, Watchdog(timeout) as watchdog:
-            self.emit("on_start")
-            stop = False
-            while self.state.step < num_steps and not stop:
-                watchdog.arm()
-                record, stop = self.train_step(signal)
+            try:
+                self.emit("on_start")
+                stop = False
+                while self.state.step < num_steps and not stop:
+                    watchdog.arm()
+                    record, stop = self.train_step(signal)
+                    watchdog.disarm()
+                    self.emit("on_step", record)
+                self.save()
+                self.checkpoints.wait()
+                outcome = "done" if self.state.step == num_steps else "preempted"
+            finally:
                 watchdog.disarm()
-                self.emit("on_step", record)
-            outcome: Outcome = "done" if self.state.step == num_steps else "preempted"
-            self.emit("on_end", outcome)
-            self.save()
-            self.checkpoints.wait()
-        self.loader.close()
+                self.loader.close()
+                self.emit("on_end", outcome)
         return outcome
 
     def emit(self, event: str, *details: Any) -> None:

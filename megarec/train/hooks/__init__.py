@@ -29,7 +29,7 @@ class Hook:
         """A checkpoint of this step was handed to the writer."""
 
     def on_end(self, trainer: "Trainer", outcome: str) -> None:
-        """Training is over: `done` or `preempted`."""
+        """Training is over: `done`, `preempted` or, where an error ends it, `failed`."""
 
 
 def build_hooks(config: "Config") -> list[Hook]:

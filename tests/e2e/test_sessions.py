@@ -30,6 +30,8 @@ def both_worlds(rank: int, world_size: int, runs: str) -> dict[str, int]:
     os.environ["MEGAREC_FAULT"] = f"after_backward:4:{world_size - 1}:nan"
     codes["skipped"] = session(folder, "skipped", train=SKIP)
     del os.environ["MEGAREC_FAULT"]
+    tied = {"head": {"tie_embeddings": True, "soft_cap": 30.0}}
+    codes["tied"] = session(folder, "tied", model=tied, train={"steps": 4})
     recompute = {"activation_checkpointing": "full", "reshard_after_forward": False}
     codes["recomputed"] = session(folder, "recomputed", parallel=recompute)
     bfloat16 = {"compute": "bfloat16"}
@@ -67,9 +69,10 @@ def test_a_run_learns_and_leaves_what_it_should(worlds: dict[str, Path], world: 
 
 
 def test_two_ranks_equal_one(worlds: dict[str, Path]) -> None:
-    one, two = losses(worlds["one"], "golden"), losses(worlds["two"], "golden")
-    assert two[0] == pytest.approx(one[0], rel=1e-6)
-    assert two == pytest.approx(one, rel=1e-5)
+    for run in ("golden", "tied"):
+        one, two = losses(worlds["one"], run), losses(worlds["two"], run)
+        assert two[0] == pytest.approx(one[0], rel=1e-6)
+        assert two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("world", WORLDS)

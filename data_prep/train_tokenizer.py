@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megarec.checkpoint.atomic import write_atomic
 from megarec.cli import check_new_file, fraction, run
 from megarec.data.documents import read_documents
 from megarec.data.prepare import bytes_before_holdout, head
@@ -64,9 +65,7 @@ def main() -> None:
     tokenizer.train_from_iterator(kept, trainer)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    beside = args.out.with_name(f".{args.out.name}.tmp-{os.getpid()}")
-    beside.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    beside.replace(args.out)
+    write_atomic(args.out, tokenizer.to_str(pretty=True))
     size = tokenizer.get_vocab_size()
     note = "" if size == args.vocab_size else " (the text has no more pairs to merge)"
     print(f"{args.out}: {size} ids{note}, {time.perf_counter() - start:.1f} seconds")

@@ -4,7 +4,7 @@
 # 0 done, 75 saved and stopped by a signal (start it again to go on), 2 bad input, 1 anything else.
 #
 # torchrun returns 1 for all of these, and must be told which signals to hand to its workers and how
-# long they may take to save; `set -m` keeps a signal to this shell's group from reaching them twice.
+# long (SAVE_SECONDS) they may take to save.
 set -uo pipefail
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -22,7 +22,10 @@ torchrun --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout "${SAVE_S
 child=$!
 for name in TERM INT USR1; do trap "kill -$name $child 2>/dev/null" "$name"; done
 # A trapped signal ends `wait` before the child does.
-while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
-code="${code:-1}"
+while :; do
+    wait "$child"
+    code=$?
+    kill -0 "$child" 2>/dev/null || break
+done
 [[ "$code" -ne 0 && -s "$exit_codes" ]] && code="$(cat "$exit_codes")"
 exit "$code"

@@ -2,12 +2,12 @@
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megarec.checkpoint.atomic import published
 from megarec.errors import EXIT_USER_ERROR, UserError
 
 
@@ -53,15 +53,8 @@ def new_folder(out: Path, *, force: bool, contents: Sequence[str]) -> Iterator[P
     foreign = [p.name for p in entries if not any(p.match(pattern) for pattern in contents)]
     if foreign:
         raise UserError(f"--out {out}: holds '{foreign[0]}', not ours: --force does not replace it")
-    beside = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        if out.exists():
-            shutil.rmtree(out)
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with published(out) as folder:
+        yield folder
 
 
 def check_new_file(out: Path, *, force: bool) -> None:

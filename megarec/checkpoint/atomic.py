@@ -3,6 +3,8 @@
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
@@ -38,6 +40,24 @@ def write_atomic(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+@contextmanager
+def published(final: Path) -> Iterator[Path]:
+    """Give an empty folder beside `final` that takes its name, and place, if the block succeeds.
+
+    Raises OSError; `final` is then as it was before.
+    """
+    temporary = beside(final)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if final.exists():
+            discard(final)
+        os.rename(temporary, final)
+        fsync_folder(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def discard(folder: Path) -> None:

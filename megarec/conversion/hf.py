@@ -1,8 +1,6 @@
 """Read and write folders in Hugging Face format; what is special to an architecture is a target."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from megarec.checkpoint.atomic import beside, discard, fsync_folder
+from megarec.checkpoint.atomic import published
 from megarec.checkpoint.mismatch import mismatches
 from megarec.config.loader import config_errors
 from megarec.config.model import ModelConfig
@@ -70,7 +68,7 @@ def export_hf(
     generation = {key: config[key] for key in config if key.endswith("_token_id")}
     generation["use_cache"] = config["use_cache"]
     tensors = target.export_tensors(model.config, model.state_dict())
-    with _published(folder, overwrite) as temporary:
+    with _new_export(folder, overwrite) as temporary:
         save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size)
         _write_json(temporary / CONFIG, config)
         _write_json(temporary / "generation_config.json", generation)
@@ -163,7 +161,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _published(folder: Path, overwrite: bool) -> Iterator[Path]:
+def _new_export(folder: Path, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder that takes the name of `folder` when the block succeeds."""
     folder = folder.resolve()
     if folder.exists() and any(folder.iterdir()):
@@ -171,13 +169,5 @@ def _published(folder: Path, overwrite: bool) -> Iterator[Path]:
             raise UserError(f"{folder}: not empty; choose another folder, or pass --overwrite")
         if not is_hf_folder(folder):
             raise UserError(f"{folder}: has no {CONFIG}, so it is no export; it is not replaced")
-    temporary = beside(folder)
-    temporary.mkdir(parents=True)
-    try:
+    with published(folder) as temporary:
         yield temporary
-        if folder.exists():
-            discard(folder)
-        os.rename(temporary, folder)
-        fsync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

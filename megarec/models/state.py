@@ -1,8 +1,5 @@
 """Recurrent state of a model: a flat dict of tensors, batch first, with names that say where."""
 
-from collections.abc import Iterable
-
-import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
@@ -18,9 +15,3 @@ def sub_state(state: State | None, prefix: str) -> State | None:
 def prefixed(state: State, prefix: str) -> State:
     """Return the state with every name behind a prefix."""
     return {prefix + key: value for key, value in state.items()}
-
-
-def select_rows(state: State, rows: Tensor | Iterable[int]) -> State:
-    """Return the state of some rows of the batch, in the order given (an index tensor or list)."""
-    index = torch.as_tensor(list(rows) if not isinstance(rows, Tensor) else rows)
-    return {key: value[index.to(value.device)] for key, value in state.items()}

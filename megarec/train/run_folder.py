@@ -44,7 +44,6 @@ class RunFolder:
         self.logs = path / "logs"
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
-        self.export = path / "export"
         self._stale_after = stale_after
         self._released = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)

@@ -1,5 +1,7 @@
-"""Recurrent and loss kernels for pretraining; needs torch and nothing else."""
+"""Recurrent, attention and loss kernels for pretraining; needs torch and nothing else."""
 
+from megarec_kernels.attention import attention
+from megarec_kernels.causal_conv1d import causal_conv1d
 from megarec_kernels.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
@@ -8,6 +10,8 @@ from megarec_kernels.gated_linear_attention import (
 from megarec_kernels.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
+    "attention",
+    "causal_conv1d",
     "gated_linear_attention",
     "gated_linear_attention_step",
     "initial_state",

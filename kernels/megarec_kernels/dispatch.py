@@ -3,18 +3,25 @@
 import functools
 import logging
 import os
+from collections.abc import Collection
 
 ENVIRONMENT_VARIABLE = "MEGAREC_KERNELS"
-BACKENDS = ("reference", "eager")
+BACKENDS = ("reference", "eager", "gpu")
 
 logger = logging.getLogger(__name__)
 
 
-def choose_backend(op: str, backend: str) -> str:
-    """Return "reference" or "eager" for ``op``, and log once why it was chosen.
+def choose_backend(
+    op: str,
+    backend: str,
+    built: Collection[str] = ("reference", "eager"),
+    fastest: str = "eager",
+) -> str:
+    """Return "reference", "eager" or "gpu" for ``op``, and log once why it was chosen.
 
-    ``backend`` is what the caller asked for: "auto" takes the fastest that is built. The
-    environment variable MEGAREC_KERNELS, when set, overrides the caller.
+    ``backend`` is what the caller asked for: "auto" takes ``fastest``, which the op names for the
+    inputs at hand. ``built`` are the forms that the op has. The environment variable
+    MEGAREC_KERNELS, when set, overrides the caller.
 
     Raises ValueError for a backend that is unknown or not built.
     """
@@ -24,11 +31,12 @@ def choose_backend(op: str, backend: str) -> str:
     else:
         asked, name, reason = backend, "backend", "asked for by the caller"
     if asked == "auto":
-        asked, reason = "eager", "auto: the fastest that is built"
-    if asked == "gpu":
-        raise ValueError(f"{op}: {name}='gpu' is not built yet; use 'auto' or 'eager'")
+        asked, reason = fastest, "auto: the fastest that is built"
     if asked not in BACKENDS:
-        raise ValueError(f"{op}: {name}: got {asked!r}, expected 'auto', 'reference' or 'eager'")
+        known = ", ".join(f"'{form}'" for form in ("auto", *built))
+        raise ValueError(f"{op}: {name}: got {asked!r}, expected one of {known}")
+    if asked not in built:
+        raise ValueError(f"{op}: {name}='{asked}' is not built yet; use 'auto' or 'eager'")
     _log_once(op, asked, reason)
     return asked
 

@@ -4,7 +4,7 @@ import difflib
 import re
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -163,6 +163,8 @@ def _fields_at(model: type[StrictModel], tree: Any, keys: list[str]) -> list[str
             annotation = annotation.model_fields[key].annotation
         if get_origin(annotation) in (Union, UnionType):
             annotation = next(a for a in get_args(annotation) if a is not type(None))
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
         if isinstance(annotation, type) and issubclass(annotation, Registered):
             tag = tree.get("type") if isinstance(tree, dict) else None
             annotation = annotation.member(tag) or annotation

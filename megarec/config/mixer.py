@@ -27,6 +27,10 @@ class MixerConfig(Registered):
         """Say what does not fit this width, one line each; empty when all is well."""
         return []
 
+    def longest_document(self) -> int | None:
+        """Return the number of tokens of the longest document that fits; None for any length."""
+        return None
+
     @abstractmethod
     def num_params(self, d_model: int) -> int:
         """Return the number of parameters of one mixer."""
@@ -37,7 +41,7 @@ class MixerConfig(Registered):
 
     @abstractmethod
     def state_bytes(self, d_model: int, seq_len: int) -> int:
-        """Return the bytes of the float32 decoding state of one sequence after seq_len tokens."""
+        """Return the bytes of one sequence's decoding state after seq_len tokens, in float32."""
 
     @abstractmethod
     def build(self, d_model: int) -> "Mixer":

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from megarec.config.base import (
     NonNegativeFloat,
@@ -13,16 +13,28 @@ from megarec.config.base import (
 )
 from megarec.config.mixer import MixerConfig
 
+# A pattern may be given as a string of one-character names.
+CHARACTERS = BeforeValidator(lambda value: tuple(value) if isinstance(value, str) else value)
+
 
 class FFNConfig(StrictModel):
-    """A feed-forward network; `swiglu` is down(silu(gate x) * up x), without biases."""
+    """A feed-forward network without biases.
 
-    type: Literal["swiglu"] = "swiglu"
+    `swiglu` is down(silu(gate x) * up x), `squared_relu` down(relu(up x)^2), and `gelu`
+    down(gelu(up x)), with the exact (erf) gelu.
+    """
+
+    type: Literal["swiglu", "squared_relu", "gelu"] = "swiglu"
     d_ff: PositiveInt
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate matrix beside up and down."""
+        return self.type == "swiglu"
 
     def num_params(self, d_model: int) -> int:
         """Return the number of parameters."""
-        return 3 * d_model * self.d_ff
+        return (2 + self.gated) * d_model * self.d_ff
 
     def flops_per_token(self, d_model: int) -> float:
         """Return the FLOPs of the forward pass, per token."""
@@ -30,20 +42,31 @@ class FFNConfig(StrictModel):
 
 
 class BlockConfig(StrictModel):
-    """One kind of block: x += mixer(norm(x)); then x += ffn(norm(x)) where there is an ffn."""
+    """One kind of block: x += s * mixer(norm(x)), then x += s * ffn(norm(x)).
 
-    mixer: SerializeAsAny[MixerConfig]
+    Either may be missing, as in Nemotron-H, whose every layer holds one of the two.
+    `residual_scale` is s.
+    """
+
+    mixer: SerializeAsAny[MixerConfig] | None = None
     ffn: FFNConfig | None = None
+    residual_scale: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "BlockConfig":
+        if self.mixer is None and self.ffn is None:
+            raise ValueError("a block needs a mixer, an ffn or both")
+        return self
 
     def num_params(self, d_model: int) -> int:
         """Return the number of parameters, norms included."""
-        total = d_model + self.mixer.num_params(d_model)
-        return total if self.ffn is None else total + d_model + self.ffn.num_params(d_model)
+        parts = [part for part in (self.mixer, self.ffn) if part is not None]
+        return sum(d_model + part.num_params(d_model) for part in parts)
 
     def flops_per_token(self, d_model: int, seq_len: int) -> float:
         """Return the FLOPs of the forward pass, per token (norms are not counted)."""
-        ffn = 0.0 if self.ffn is None else self.ffn.flops_per_token(d_model)
-        return self.mixer.flops_per_token(d_model, seq_len) + ffn
+        mixer = 0.0 if self.mixer is None else self.mixer.flops_per_token(d_model, seq_len)
+        return mixer + (0.0 if self.ffn is None else self.ffn.flops_per_token(d_model))
 
 
 class StackConfig(StrictModel):
@@ -55,10 +78,12 @@ class StackConfig(StrictModel):
 class HeadConfig(StrictModel):
     """The language-model head and its loss.
 
-    `soft_cap` c maps logits to c * tanh(logits / c); `z_loss` weighs logsumexp(logits)^2 in the
-    training loss; `chunk_size` is the number of tokens whose logits exist at one time.
+    `logit_scale` multiplies the logits; then `soft_cap` c maps them to c * tanh(logits / c).
+    `z_loss` weighs logsumexp(logits)^2 in the training loss; `chunk_size` is the number of tokens
+    whose logits exist at one time.
     """
 
+    logit_scale: PositiveFloat = 1.0
     soft_cap: PositiveFloat | None = None
     tie_embeddings: bool = False
     z_loss: NonNegativeFloat = 0.0
@@ -76,22 +101,29 @@ class InitConfig(StrictModel):
     """Standard deviations of the normal initialisation of weight matrices.
 
     `std`: a number, or `small` = sqrt(2 / (5 d_model)) (arXiv 1910.05895). `out_std`, for the
-    matrices that write to the residual stream: a number, or `wang` = 2 / num_layers /
-    sqrt(d_model) (mesh-transformer-jax; used by GPT-NeoX, arXiv 2204.06745).
+    matrices that write to the residual stream: a number, `wang` = 2 / num_layers / sqrt(d_model)
+    (mesh-transformer-jax; used by GPT-NeoX, arXiv 2204.06745), or `depth` = std /
+    sqrt(2 num_layers) (GPT-2; used by Megatron-LM).
     """
 
     std: PositiveFloat | Literal["small"] = "small"
-    out_std: PositiveFloat | Literal["wang"] = "wang"
+    out_std: PositiveFloat | Literal["wang", "depth"] = "wang"
 
 
 class ModelConfig(StrictModel):
-    """The whole model; `pattern` names blocks and is cycled over the layers."""
+    """The whole model.
+
+    `pattern` names the block of each layer, and is cycled over the layers if it is shorter. A
+    string is a name a character, as in Nemotron-H's `M-M*-`. `embedding_scale` multiplies the
+    embeddings.
+    """
 
     vocab_size: PositiveInt
     d_model: PositiveInt
     num_layers: PositiveInt
     blocks: Annotated[dict[str, BlockConfig], Field(min_length=1)]
-    pattern: Annotated[tuple[str, ...], Tuple, Field(min_length=1)]
+    pattern: Annotated[tuple[str, ...], Tuple, CHARACTERS, Field(min_length=1)]
+    embedding_scale: PositiveFloat = 1.0
     stack: StackConfig = StackConfig()
     head: HeadConfig = HeadConfig()
     norm: NormConfig = NormConfig()
@@ -110,11 +142,23 @@ class ModelConfig(StrictModel):
                 "list as many as there are layers, or a divisor of it"
             )
         for name, block in self.blocks.items():
-            where = f"blocks.{name}.mixer"
-            problems += [f"{where}.{line}" for line in block.mixer.problems(self.d_model)]
+            if block.mixer is not None:
+                where = f"blocks.{name}.mixer"
+                problems += [f"{where}.{line}" for line in block.mixer.problems(self.d_model)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def mixers(self) -> list[MixerConfig]:
+        """The mixer of each layer that has one, first to last."""
+        return [block.mixer for block in self.layers if block.mixer is not None]
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The longest document that every mixer can hold; None where there is no bound."""
+        bounds = [mixer.longest_document() for mixer in self.mixers]
+        return min((bound for bound in bounds if bound is not None), default=None)
 
     @property
     def layers(self) -> list[BlockConfig]:
@@ -135,4 +179,4 @@ class ModelConfig(StrictModel):
 
     def state_bytes(self, seq_len: int) -> int:
         """Return the bytes of one sequence's decoding state after seq_len tokens."""
-        return sum(block.mixer.state_bytes(self.d_model, seq_len) for block in self.layers)
+        return sum(mixer.state_bytes(self.d_model, seq_len) for mixer in self.mixers)

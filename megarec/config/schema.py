@@ -185,7 +185,7 @@ class Config(StrictModel):
     hooks: Annotated[tuple[str, ...], Tuple] = ("progress", "plot")
 
     @model_validator(mode="after")
-    def _schedule_fits(self) -> "Config":
+    def _fits_together(self) -> "Config":
         ramps = self.schedule.warmup_steps + self.schedule.cooldown_steps
         # A short trial may well end inside the warm-up; a cool-down needs its whole length.
         if self.schedule.cooldown_steps and ramps > self.train.steps:
@@ -197,5 +197,11 @@ class Config(StrictModel):
             raise ValueError(
                 f"train: micro_batch_size={self.train.micro_batch_size} does not divide "
                 f"global_batch_size={self.train.global_batch_size}"
+            )
+        longest = self.model.max_seq_len
+        if longest is not None and self.train.seq_len > longest:
+            raise ValueError(
+                f"train.seq_len={self.train.seq_len}: max_seq_len={longest} of an attention mixer "
+                "is shorter; raise it or shorten the samples"
             )
         return self

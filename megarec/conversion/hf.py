@@ -36,6 +36,7 @@ def export_hf(
     folder: Path | str,
     tokenizer: Tokenizer | None = None,
     *,
+    model_type: str | None = None,
     record: TrainingRecord | None = None,
     license: str = "unknown",
     max_shard_size: str = "5GB",
@@ -49,6 +50,7 @@ def export_hf(
         model: whole (not sharded).
         folder: to create.
         tokenizer: written too; its end-of-document token becomes BOS, EOS and padding.
+        model_type: of the architecture to write; by default the first that fits.
         record: how the model was trained, for the model card.
         license: identifier of the Hub, such as apache-2.0.
         max_shard_size: of one safetensors file.
@@ -61,7 +63,7 @@ def export_hf(
     from huggingface_hub import save_torch_state_dict
 
     folder = Path(folder)
-    target = target_for_export(model.config)
+    target = target_for_export(model.config, model_type)
     config = target.export_config(model.config)
     config |= token_ids(tokenizer, model.config.vocab_size)
     config["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")

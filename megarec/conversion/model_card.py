@@ -137,8 +137,8 @@ def _last_losses(metrics: Path, step: int) -> list[tuple[str, float]]:
 def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
     return [
         ("parameters", f"{config.num_params():,}"),
-        ("layers", f"{config.num_layers}, blocks {', '.join(config.pattern)}"),
-        ("mixers", ", ".join(sorted({block.mixer.type for block in config.layers}))),
+        ("layers", f"{config.num_layers}, blocks {' '.join(config.pattern)}"),
+        ("mixers", ", ".join(sorted({mixer.type for mixer in config.mixers}))),
         ("width", f"{config.d_model:,}"),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("decoding state of a sequence", f"{config.state_bytes(1):,} bytes in float32"),

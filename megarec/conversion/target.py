@@ -5,10 +5,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from megarec.config.model import ModelConfig
+from megarec.config.model import BlockConfig, ModelConfig
 from megarec.errors import UserError
+from megarec.models.backbone import Backbone
 
 
 class Target(ABC):
@@ -17,9 +19,17 @@ class Target(ABC):
     Every module in ``megarec/conversion/targets`` is found by itself, so a new target is one file.
     Configs are plain JSON values; tensors are keyed by parameter names. Own parameter names and
     `model_type`'s differ; only the target knows both.
+
+    Attributes:
+        model_type: of config.json.
+        rank: of two targets that can represent a model, the one with the lower rank is taken.
+        can_tie: the architecture can share one matrix between embeddings and head; where it
+            cannot, tied embeddings are exported as a head of their own.
     """
 
     model_type: ClassVar[str]
+    rank: ClassVar[int] = 0
+    can_tie: ClassVar[bool] = True
     members: ClassVar[dict[str, type["Target"]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -38,12 +48,6 @@ class Target(ABC):
         """Return config.json, without token ids and dtype, of a model without obstacles."""
 
     @abstractmethod
-    def export_tensors(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return own tensors under the architecture's names; no two of them share memory."""
-
-    @abstractmethod
     def import_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """Return the model section for a config.json of this or an older layout.
 
@@ -52,20 +56,80 @@ class Target(ABC):
         """
 
     @abstractmethod
+    def names(self, config: ModelConfig) -> dict[str, str]:
+        """Return own parameter name -> the architecture's, for every parameter of a model.
+
+        Parameters of one name there are one tensor: joined along their first dim, in this order.
+        """
+
+    def export_tensors(
+        self, config: ModelConfig, tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return own tensors under the architecture's names; no two of them share memory."""
+        parts: dict[str, list[Tensor]] = {}
+        for own, theirs in self.names(config).items():
+            parts.setdefault(theirs, []).append(tensors[own])
+        joined = {name: torch.cat(p) if len(p) > 1 else p[0] for name, p in parts.items()}
+        if config.head.tie_embeddings and not self.can_tie:
+            joined["lm_head.weight"] = tensors["embedding.weight"].clone()
+        return joined
+
     def import_tensors(
         self, config: ModelConfig, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return tensors of this or an older layout under own names; unknown ones keep theirs."""
+        """Return the architecture's tensors under own names; those it does not know keep theirs.
+
+        So do those that cannot be split into what they are made of.
+        """
+        with torch.device("meta"):
+            rows = {name: p.shape[0] for name, p in Backbone(config).named_parameters()}
+        own_names: dict[str, list[str]] = {}
+        for own, theirs in self.names(config).items():
+            own_names.setdefault(theirs, []).append(own)
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            parts = own_names.get(name, [name])
+            sizes = [rows.get(part, 0) for part in parts]
+            if len(parts) == 1:
+                found[parts[0]] = tensor
+            elif sum(sizes) == tensor.shape[0]:
+                found |= zip(parts, tensor.split(sizes), strict=True)
+            else:
+                found[name] = tensor
+        return found
 
 
-def target_for_export(config: ModelConfig) -> Target:
-    """Return the first target that can represent a model.
+def mixer_names(block: BlockConfig, d_model: int) -> dict[str, str]:
+    """Return the `hf_names` of a block's mixer; {} where there is none."""
+    if block.mixer is None:
+        return {}
+    with torch.device("meta"):
+        return block.mixer.build(d_model).hf_names()
+
+
+def scale_obstacles(config: ModelConfig) -> list[str]:
+    """Name the factors that an architecture without any cannot represent."""
+    factors = {
+        "embedding_scale": config.embedding_scale,
+        "head.logit_scale": config.head.logit_scale,
+    }
+    factors |= {f"blocks.{n}.residual_scale": b.residual_scale for n, b in config.blocks.items()}
+    return [
+        f"{key}={value}: the architecture has no such factor"
+        for key, value in factors.items()
+        if value != 1
+    ]
+
+
+def target_for_export(config: ModelConfig, model_type: str | None = None) -> Target:
+    """Return the target of a `model_type`, or the first that can represent a model.
 
     Raises:
-        UserError: none can; every obstacle of every target, one line each.
+        UserError: it, or none at all, can; every obstacle of every target asked, one line each.
     """
     problems = []
-    for target in _targets().values():
+    asked = [target_for_import(model_type, "export")] if model_type else _targets().values()
+    for target in asked:
         obstacles = target.obstacles(config)
         if not obstacles:
             return target
@@ -78,11 +142,12 @@ def target_for_import(model_type: object, where: str) -> Target:
     targets = _targets()
     target = targets.get(str(model_type))
     if target is None:
-        known = ", ".join(targets)
+        known = ", ".join(sorted(targets))
         raise UserError(f"{where}: model_type={model_type}: expected one of {known}")
     return target
 
 
 def _targets() -> dict[str, Target]:
     importlib.import_module("megarec.conversion.targets")
-    return {name: member() for name, member in sorted(Target.members.items())}
+    ordered = sorted(Target.members.items(), key=lambda item: (item[1].rank, item[0]))
+    return {name: member() for name, member in ordered}

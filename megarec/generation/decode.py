@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megarec.config.model import ModelConfig
 from megarec.errors import UserError
 from megarec.models.backbone import Backbone
 from megarec.models.context import Context
@@ -65,9 +66,10 @@ def generate(
         The new token ids of each prompt.
 
     Raises:
-        UserError: no prompt, an empty prompt, or a token id outside the vocabulary.
+        UserError: no prompt, an empty prompt, a token id outside the vocabulary, or more tokens
+            than the model's `max_seq_len`.
     """
-    _check(prompts, model.config.vocab_size)
+    _check(prompts, max_new_tokens, model.config)
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(sampling.seed)
     logits_BV, state = _prefill(model, prompts)
@@ -117,12 +119,18 @@ def _prefill(model: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tensor,
     return model.head(x_BTD[:, -1], model.embedding.weight), state
 
 
-def _check(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
+    vocab_size, longest = config.vocab_size, config.max_seq_len
     problems = [] if prompts else ["generate: no prompt was given"]
     for row, prompt in enumerate(prompts):
         if not prompt:
             problems.append(f"prompt {row}: empty; give at least one token (the EOD id, say)")
         elif max(prompt) >= vocab_size or min(prompt) < 0:
             problems.append(f"prompt {row}: token ids must be in [0, {vocab_size})")
+        elif longest is not None and len(prompt) + max_new_tokens > longest:
+            problems.append(
+                f"prompt {row}: {len(prompt)} tokens and max_new_tokens={max_new_tokens} exceed "
+                f"the model's max_seq_len={longest}; shorten one of them"
+            )
     if problems:
         raise UserError(*problems)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megarec.config.model import ModelConfig
 from megarec.models.block import Block
 from megarec.models.context import Context
-from megarec.models.head import IGNORE_INDEX, Head
+from megarec.models.head import IGNORE_INDEX, Criterion, Head
 from megarec.models.init import Assign, Initializer, assign_whole
 from megarec.models.norm import RMSNorm
 from megarec.models.state import State, prefixed, sub_state
@@ -47,6 +47,7 @@ class Backbone(nn.Module):
         ctx: Context | None = None,
         state: State | None = None,
         return_state: bool = False,
+        criterion: Criterion | None = None,
     ) -> Any:
         """Run the model on whole sequences.
 
@@ -57,13 +58,14 @@ class Backbone(nn.Module):
             ctx: document boundaries; without it each row is one document.
             state: carried state of the tokens before (see `init_state`).
             return_state: append the state after the last token to the result.
+            criterion: computes the loss in place of the cross-entropy; see Head.
 
         Returns:
             logits (B, T, V), float32 at least; with labels, the pair (loss_sum, num_tokens): the
             sum of the tokens' losses in nats, and their number, both scalars.
         """
         x_BTD, state = self.features(input_ids, ctx, state)
-        outcome = self.head(x_BTD, self.embedding.weight, labels)
+        outcome = self.head(x_BTD, self.embedding.weight, labels, criterion)
         results = [outcome]
         if labels is not None:
             results.append((labels != IGNORE_INDEX).sum())
@@ -76,7 +78,7 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, State]:
         """Return what the head reads, (B, T, D), and the state after the last token."""
         ctx = ctx or Context()
-        x_BTD = self.embedding(input_ids)
+        x_BTD = self._embed(input_ids)
         after: State = {}
         for name, block in self.layers():
             prefix = f"blocks.{name}."
@@ -86,7 +88,7 @@ class Backbone(nn.Module):
 
     def step(self, input_ids_B: Tensor, state: State) -> tuple[Tensor, State]:
         """Decode one token: ids int64 (B,) and the state -> logits (B, V) and the next state."""
-        x_BD = self.embedding(input_ids_B)
+        x_BD = self._embed(input_ids_B)
         after: State = {}
         for name, block in self.layers():
             prefix = f"blocks.{name}."
@@ -94,12 +96,17 @@ class Backbone(nn.Module):
             after |= prefixed(block_state, prefix)
         return self.head(self.norm(x_BD), self.embedding.weight), after
 
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        scale = self.config.embedding_scale
+        return x if scale == 1 else x * scale
+
     def init_state(self, batch_size: int) -> State:
         """Return the state before the first token."""
         device = self.embedding.weight.device
         state: State = {}
         for name, block in self.layers():
-            state |= prefixed(block.mixer.init_state(batch_size, device), f"blocks.{name}.")
+            state |= prefixed(block.init_state(batch_size, device), f"blocks.{name}.")
         return state
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A block: norm, mixer, residual; then norm, feed-forward, residual."""
+"""A block: norm, mixer, residual; then norm, feed-forward, residual; either may be missing."""
 
 import torch
 from torch import Tensor, nn
@@ -6,14 +6,15 @@ from torch.utils.checkpoint import checkpoint
 
 from megarec.config.model import BlockConfig, NormConfig
 from megarec.models.context import Context
-from megarec.models.ffn import SwiGLU
+from megarec.models.ffn import FFN
 from megarec.models.init import Initializer
+from megarec.models.mixer import Mixer
 from megarec.models.norm import RMSNorm
 from megarec.models.state import State
 
 
 class Block(nn.Module):
-    """x += mixer(norm(x)); x += ffn(norm(x)). The residual stream keeps x's dtype.
+    """x += s * mixer(norm(x)); x += s * ffn(norm(x)). The residual stream keeps x's dtype.
 
     `recompute = True` frees the block's activations in the forward pass and computes them again
     in the backward pass; it is done in here so that parameter names never change.
@@ -22,13 +23,15 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig, d_model: int, norm: NormConfig) -> None:
         super().__init__()
         self.recompute = False
-        self.mixer_norm = RMSNorm(d_model, norm.eps)
-        self.mixer = config.mixer.build(d_model)
-        self.ffn_norm: RMSNorm | None = None
-        self.ffn: SwiGLU | None = None
+        self.residual_scale = config.residual_scale
+        self.mixer: Mixer | None = None
+        self.ffn: FFN | None = None
+        if config.mixer is not None:
+            self.mixer_norm = RMSNorm(d_model, norm.eps)
+            self.mixer = config.mixer.build(d_model)
         if config.ffn is not None:
             self.ffn_norm = RMSNorm(d_model, norm.eps)
-            self.ffn = SwiGLU(config.ffn, d_model)
+            self.ffn = FFN(config.ffn, d_model)
 
     def forward(
         self, x_BTD: Tensor, ctx: Context, state: State | None = None
@@ -39,21 +42,41 @@ class Block(nn.Module):
         return self._forward(x_BTD, ctx, state)
 
     def _forward(self, x_BTD: Tensor, ctx: Context, state: State | None) -> tuple[Tensor, State]:
-        y_BTD, state = self.mixer(self.mixer_norm(x_BTD), ctx, state)
-        return self._feed_forward(x_BTD + y_BTD), state
+        after: State = {}
+        if self.mixer is not None:
+            y_BTD, after = self.mixer(self.mixer_norm(x_BTD), ctx, state)
+            x_BTD = self._add(x_BTD, y_BTD)
+        return self._feed_forward(x_BTD), after
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """Run the block on one token x (batch, d_model)."""
-        y_BD, state = self.mixer.step(self.mixer_norm(x_BD), state)
-        return self._feed_forward(x_BD + y_BD), state
+        after: State = {}
+        if self.mixer is not None:
+            y_BD, after = self.mixer.step(self.mixer_norm(x_BD), state)
+            x_BD = self._add(x_BD, y_BD)
+        return self._feed_forward(x_BD), after
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        if self.ffn is None or self.ffn_norm is None:
-            return x
-        return x + self.ffn(self.ffn_norm(x))
+        return x if self.ffn is None else self._add(x, self.ffn(self.ffn_norm(x)))
+
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        # Most models do not scale: spare them a pass over the activations.
+        return x + y if self.residual_scale == 1 else torch.add(x, y, alpha=self.residual_scale)
+
+    def float32_modules(self) -> list[nn.Module]:
+        """Return the modules whose parameters keep float32 in any precision."""
+        names = () if self.mixer is None else self.mixer.float32_modules
+        return [self.get_submodule(f"mixer.{name}") for name in names]
+
+    def init_state(self, batch_size: int, device: torch.device) -> State:
+        """Return the mixer's state before the first token; empty where there is no mixer."""
+        return {} if self.mixer is None else self.mixer.init_state(batch_size, device)
 
     def init_weights(self, init: Initializer) -> None:
         """Write the initial value of every parameter."""
-        for module in (self.mixer_norm, self.mixer, self.ffn_norm, self.ffn):
-            if module is not None:
-                module.init_weights(init)
+        if self.mixer is not None:
+            self.mixer_norm.init_weights(init)
+            self.mixer.init_weights(init)
+        if self.ffn is not None:
+            self.ffn_norm.init_weights(init)
+            self.ffn.init_weights(init)

@@ -1,5 +1,7 @@
 """The language-model head: projection to the vocabulary, soft cap, and the loss."""
 
+from collections.abc import Callable
+
 import torch
 from megarec_kernels.linear_cross_entropy import linear_cross_entropy
 from torch import Tensor, nn
@@ -10,9 +12,13 @@ from megarec.models.init import Initializer
 
 IGNORE_INDEX = -100
 
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x (B, T, D), weight (V, D), labels (B, T)) -> the summed loss, a scalar. What comes from the
+head is ready for logits = x W^T: the logit scale is in x, the soft cap is the criterion's."""
+
 
 class Head(nn.Module):
-    """logits = c * tanh(x W^T / c), in float32 at least; the loss never holds all of them.
+    """logits = c * tanh(s x W^T / c), in float32 at least; the loss never holds all of them.
 
     With tied embeddings the head has no weight of its own and is given the embedding's.
     """
@@ -24,33 +30,46 @@ class Head(nn.Module):
             None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, d_model))
         )
 
-    def forward(self, x: Tensor, tied: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        tied: Tensor,
+        labels: Tensor | None = None,
+        criterion: Criterion | None = None,
+    ) -> Tensor:
         """Return logits, or the summed loss.
 
         Args:
             x: (..., d_model).
             tied: the embedding's weight (vocab, d_model), used where the config ties them.
             labels: (...) int64, -100 where there is nothing to predict.
+            criterion: computes the loss, by default `cross_entropy`.
 
         Returns:
             logits (..., vocab); with labels, a scalar: the sum of cross-entropies in nats, in
             training mode plus z_loss * logsumexp^2.
         """
         weight = tied if self.weight is None else self.weight
+        if self.config.logit_scale != 1:
+            x = x * self.config.logit_scale
         if labels is not None:
-            return linear_cross_entropy(
-                x,
-                weight,
-                labels,
-                soft_cap=self.config.soft_cap,
-                z_loss=self.config.z_loss if self.training else 0.0,
-                ignore_index=IGNORE_INDEX,
-                chunk_size=self.config.chunk_size,
-            )
+            return (criterion or self.cross_entropy)(x, weight, labels)
         logits = F.linear(x, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def cross_entropy(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of cross-entropies (and z-losses); the ordinary Criterion."""
+        return linear_cross_entropy(
+            x,
+            weight,
+            labels,
+            soft_cap=self.config.soft_cap,
+            z_loss=self.config.z_loss if self.training else 0.0,
+            ignore_index=IGNORE_INDEX,
+            chunk_size=self.config.chunk_size,
+        )
 
     def init_weights(self, init: Initializer) -> None:
         """Draw the weight with std."""

@@ -38,20 +38,36 @@ class Initializer:
     ) -> None:
         init, width, depth = config.init, config.d_model, config.num_layers
         self.std = (2 / (5 * width)) ** 0.5 if init.std == "small" else init.std
-        self.out_std = 2 / depth / width**0.5 if init.out_std == "wang" else init.out_std
+        named = {"wang": 2 / depth / width**0.5, "depth": self.std / (2 * depth) ** 0.5}
+        self.out_std = named[init.out_std] if isinstance(init.out_std, str) else init.out_std
         self._names = names
         self._seed = seed
         self._assign = assign
 
     def normal(self, parameter: Tensor, std: float) -> None:
         """Draw from N(0, std^2), not truncated."""
-        generator = torch.Generator("cpu")
-        generator.manual_seed(seed_from(self._seed, self._names[parameter]))
-        self.values(parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        whole = torch.empty(parameter.shape)
+        self.values(parameter, whole.normal_(0.0, std, generator=self._generator(parameter)))
+
+    def uniform(
+        self,
+        parameter: Tensor,
+        low: float,
+        high: float,
+        then: Callable[[Tensor], Tensor] = lambda drawn: drawn,
+    ) -> None:
+        """Draw from U(low, high), then apply a function."""
+        whole = torch.empty(parameter.shape)
+        whole.uniform_(low, high, generator=self._generator(parameter))
+        self.values(parameter, then(whole))
 
     def constant(self, parameter: Tensor, value: float) -> None:
         """Set every element to one value."""
         self.values(parameter, torch.full(parameter.shape, value))
+
+    def _generator(self, parameter: Tensor) -> torch.Generator:
+        seed = seed_from(self._seed, self._names[parameter])
+        return torch.Generator("cpu").manual_seed(seed)
 
     def values(self, parameter: Tensor, whole: Tensor) -> None:
         """Set a parameter from its whole (unsharded) tensor of the same shape."""

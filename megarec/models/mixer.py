@@ -52,4 +52,8 @@ class Mixer(nn.Module):
 
     @abstractmethod
     def hf_names(self) -> dict[str, str]:
-        """Return {own parameter name: leaf name in the Hugging Face layout}."""
+        """Return {own parameter name: leaf name in the Hugging Face layout}.
+
+        Parameters of one leaf name are one tensor there: they are joined along their first dim,
+        in this order.
+        """

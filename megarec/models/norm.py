@@ -45,3 +45,29 @@ class HeadLayerNorm(nn.Module):
     def init_weights(self, init: Initializer) -> None:
         """Start with scale 1."""
         init.constant(self.weight, 1.0)
+
+
+class GatedGroupRMSNorm(nn.Module):
+    """RMSNorm of x * silu(gate) over groups of channels, one weight a channel.
+
+    The norm of Mamba-2 (arXiv 2405.21060, section 7): the gate first, then the norm; a group's
+    statistics are its own, so that groups may lie on different ranks.
+    """
+
+    def __init__(self, dim: int, group_dim: int, eps: float) -> None:
+        super().__init__()
+        self.group_dim = group_dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Gate and normalise x (..., dim), any float dtype; the result has the gate's dtype."""
+        dtype = torch.promote_types(gate.dtype, torch.float32)
+        wide = x.to(dtype) * F.silu(gate.to(dtype))
+        groups = wide.unflatten(-1, (-1, self.group_dim))
+        normed = F.rms_norm(groups, (self.group_dim,), eps=self.eps).flatten(-2)
+        return normed.to(gate.dtype) * self.weight
+
+    def init_weights(self, init: Initializer) -> None:
+        """Start with scale 1."""
+        init.constant(self.weight, 1.0)

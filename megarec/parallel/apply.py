@@ -46,8 +46,8 @@ def shard(model: Backbone, config: Config, mesh: DeviceMesh) -> None:
 
     for _, block in model.layers():
         if compute != torch.float32:
-            for name in block.mixer.float32_modules:
-                unit(block.mixer.get_submodule(name), torch.float32, reshard)
+            for module in block.float32_modules():
+                unit(module, torch.float32, reshard)
         unit(block, compute, reshard)
     # The root's parameters (embedding, norm, head) are needed again right after the forward.
     unit(model, compute, False)

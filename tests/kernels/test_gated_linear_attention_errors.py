@@ -40,7 +40,7 @@ BAD = {
         {"state": STATE | {"m": torch.zeros(2)}},
         r"state\['m'\]: got shape \(2,\), expected \(2, 2\)",
     ),
-    "backend": ({"backend": "cuda"}, r"backend: got 'cuda', expected 'auto'"),
+    "backend": ({"backend": "cuda"}, r"backend: got 'cuda', expected one of 'auto'"),
     "gpu": ({"backend": "gpu"}, r"backend='gpu' is not built yet"),
 }
 

@@ -4,13 +4,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from pydantic import ConfigDict, field_validator, model_validator
 from torch import Tensor
 
 from megarec.config.base import PositiveFloat, PositiveInt, StrictModel
 from megarec.config.model import BlockConfig, ModelConfig
-from megarec.conversion.target import Target
+from megarec.conversion.target import Target, mixer_names, scale_obstacles
 from megarec.models.mixers.mlstm import MLSTMConfig
 
 CELL_EPS = 1e-6
@@ -84,6 +83,7 @@ class XLSTM(Target):
     """Models whose every block is mlstm and SwiGLU, all of one shape, under a soft-capped head."""
 
     model_type = "xlstm"
+    can_tie = False
 
     def obstacles(self, config: ModelConfig) -> list[str]:
         """Name what the architecture lacks; see Target."""
@@ -100,7 +100,7 @@ class XLSTM(Target):
             )
         if config.head.soft_cap is None:
             problems.append("head.soft_cap=null: the architecture always caps its logits")
-        return problems
+        return problems + scale_obstacles(config)
 
     def notes(self, config: ModelConfig) -> list[str]:
         """Tell of padding, document boundaries and the cache; see Target."""
@@ -167,15 +167,18 @@ class XLSTM(Target):
             "max_inference_chunksize": 16384,
         }
 
-    def export_tensors(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Rename; tied embeddings become a head of their own; see Target."""
-        names = _names(config)
-        renamed = {names[own]: tensor for own, tensor in tensors.items()}
+    def names(self, config: ModelConfig) -> dict[str, str]:
+        """Name every parameter; see Target."""
+        names = dict(MODEL_NAMES)
         if config.head.tie_embeddings:
-            renamed["lm_head.weight"] = tensors["embedding.weight"].clone()
-        return renamed
+            del names["head.weight"]
+        mixer = mixer_names(config.layers[0], config.d_model)
+        block = BLOCK_NAMES | {f"mixer.{own}": f"mlstm_layer.{leaf}" for own, leaf in mixer.items()}
+        return names | {
+            f"blocks.{i}.{own}": f"backbone.blocks.{i}.{theirs}"
+            for i in range(config.num_layers)
+            for own, theirs in block.items()
+        }
 
     def import_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """Return the model section; see Target."""
@@ -204,19 +207,19 @@ class XLSTM(Target):
     def import_tensors(
         self, config: ModelConfig, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Split fused matrices, then rename; see Target."""
-        own_names = {theirs: own for own, theirs in _names(config).items()}
-        found = {}
+        """Split matrices of weight_mode "fused", then rename; see Target."""
+        single: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            for single, part in _unfused(OLD_NAMES.get(name, name), tensor, config).items():
-                found[own_names.get(single, single)] = part
-        return found
+            single |= _unfused(OLD_NAMES.get(name, name), tensor, config)
+        return super().import_tensors(config, single)
 
 
 def _block_obstacles(block: BlockConfig, config: ModelConfig) -> list[str]:
     mixer = block.mixer
     problems = []
-    if not isinstance(mixer, MLSTMConfig):
+    if mixer is None:
+        problems.append("mixer=null: every block of the architecture has one")
+    elif not isinstance(mixer, MLSTMConfig):
         problems.append(f"mixer.type={mixer.type}: the architecture has mlstm only")
     elif mixer.norm_eps != config.norm.eps:
         problems.append(
@@ -225,6 +228,8 @@ def _block_obstacles(block: BlockConfig, config: ModelConfig) -> list[str]:
         )
     if block.ffn is None:
         problems.append("ffn=null: every block of the architecture has one")
+    elif block.ffn.type != "swiglu":
+        problems.append(f"ffn.type={block.ffn.type}: the architecture has swiglu only")
     elif _rounded_up(config.d_model, *_ffn_keys(config.d_model, block.ffn.d_ff)) != block.ffn.d_ff:
         problems.append(f"ffn.d_ff={block.ffn.d_ff}: no ffn_proj_factor gives exactly this width")
     return problems
@@ -259,20 +264,6 @@ def _cache_fits(mixer: MLSTMConfig, d_model: int) -> bool:
     return mixer.qk_dim(d_model) == _rounded_up(d_model, mixer.qk_dim_factor, 64) and mixer.v_dim(
         d_model
     ) == _rounded_up(d_model, mixer.v_dim_factor, 64)
-
-
-def _names(config: ModelConfig) -> dict[str, str]:
-    """Return own name -> name in the architecture, for every parameter."""
-    with torch.device("meta"):
-        mixer = config.layers[0].mixer.build(config.d_model)
-    block = BLOCK_NAMES | {
-        f"mixer.{own}": f"mlstm_layer.{theirs}" for own, theirs in mixer.hf_names().items()
-    }
-    return MODEL_NAMES | {
-        f"blocks.{i}.{own}": f"backbone.blocks.{i}.{theirs}"
-        for i in range(config.num_layers)
-        for own, theirs in block.items()
-    }
 
 
 def _unfused(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:

@@ -1,0 +1,209 @@
+"""Softmax attention: grouped queries, RoPE or none, QK norm, sliding window, a cache of keys."""
+
+from typing import Literal
+
+import torch
+from megarec_kernels.attention import attention
+from torch import Tensor, nn
+
+from megarec.config.base import PositiveFloat, PositiveInt
+from megarec.config.mixer import MixerConfig
+from megarec.models.context import Context
+from megarec.models.init import Initializer
+from megarec.models.mixer import Mixer
+from megarec.models.norm import RMSNorm
+from megarec.models.rotary import RotaryConfig, rotate, rotation
+from megarec.models.state import State
+
+
+class AttentionConfig(MixerConfig):
+    """Config of the attention mixer.
+
+    `num_kv_heads` (default: `num_heads`) divides `num_heads` (arXiv 2305.13245); `head_dim` is
+    d_model / num_heads unless given. `rope: null` means no positions. `window` is the number of
+    tokens that a token sees, itself included. `qk_norm` is an RMSNorm over each head of queries
+    and keys, before RoPE. `scale` multiplies the scores (default: head_dim ** -0.5).
+    `max_seq_len` is the longest document that the cache of keys is meant for.
+    """
+
+    type: Literal["attention"] = "attention"
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    rope: RotaryConfig | None = RotaryConfig()
+    window: PositiveInt | None = None
+    qk_norm: bool = False
+    norm_eps: PositiveFloat = 1e-6
+    scale: PositiveFloat | None = None
+    max_seq_len: PositiveInt = 8192
+
+    def kv_heads(self) -> int:
+        """Return the number of heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    def head_width(self, d_model: int) -> int:
+        """Return the width of a head."""
+        return self.head_dim or d_model // self.num_heads
+
+    def problems(self, d_model: int) -> list[str]:
+        """Heads must divide, dimensions turn in pairs, and the window fit the cache."""
+        problems = []
+        if self.head_dim is None and d_model % self.num_heads:
+            problems.append(
+                f"num_heads={self.num_heads} does not divide d_model={d_model}; "
+                "change it or give head_dim"
+            )
+        if self.num_heads % self.kv_heads():
+            problems.append(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
+            )
+        if self.rope is not None:
+            problems += self.rope.problems(self.head_width(d_model))
+        if self.window is not None and self.window > self.max_seq_len:
+            problems.append(
+                f"window={self.window}: the cache holds max_seq_len={self.max_seq_len} tokens; "
+                "raise it or narrow the window"
+            )
+        return problems
+
+    def longest_document(self) -> int:
+        """Return what the cache is meant for."""
+        return self.max_seq_len
+
+    def num_params(self, d_model: int) -> int:
+        """Count q, k, v, out projection, and the two norms if there are any."""
+        width = self.head_width(d_model)
+        norms = 2 * width if self.qk_norm else 0
+        return 2 * d_model * width * (self.num_heads + self.kv_heads()) + norms
+
+    def flops_per_token(self, d_model: int, seq_len: int) -> float:
+        """Count matmuls: projections, scores and sums over the keys seen, on average."""
+        width = self.head_width(d_model)
+        window = min(self.window or seq_len, seq_len)
+        # Token t sees min(t + 1, window) keys.
+        mean_keys = window - window * (window - 1) / (2 * seq_len)
+        linear = 4.0 * d_model * width * (self.num_heads + self.kv_heads())
+        return linear + 4.0 * self.num_heads * width * mean_keys
+
+    def state_bytes(self, d_model: int, seq_len: int) -> int:
+        """Keys and values of the tokens that the next one sees, and its position (int64)."""
+        cached = seq_len if self.window is None else min(seq_len, self.window - 1)
+        return 4 * 2 * self.kv_heads() * self.head_width(d_model) * cached + 8
+
+    def build(self, d_model: int) -> "Attention":
+        """Build the module."""
+        return Attention(self, d_model)
+
+
+class Attention(Mixer):
+    """y = out_proj(softmax(scale q k^T) v) over the tokens of the document so far.
+
+    Shapes: B batch, T time, S cached and new tokens, D d_model, H heads, G heads of keys and
+    values, K head dim.
+    """
+
+    def __init__(self, config: AttentionConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_width(d_model)
+        width, kv_width = config.num_heads * self.head_dim, config.kv_heads() * self.head_dim
+        self.q = nn.Linear(d_model, width, bias=False)
+        self.k = nn.Linear(d_model, kv_width, bias=False)
+        self.v = nn.Linear(d_model, kv_width, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.out_proj = nn.Linear(width, d_model, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, ctx: Context, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Mix a sequence; see Mixer."""
+        T = x_BTD.shape[1]
+        if state is None:
+            state = self.init_state(x_BTD.shape[0], x_BTD.device)
+        position_BT = positions(T, ctx.resets, state["pos"])
+        q_BTHK = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
+        k_BTGK = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v_BTGK = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        if self.config.rope is not None:
+            angles = rotation(self.config.rope, self.head_dim, position_BT, x_BTD.dtype)
+            q_BTHK, k_BTGK = rotate(q_BTHK, angles), rotate(k_BTGK, angles)
+        num_cached = None
+        if state["k"].shape[1] > 0:
+            k_BTGK = torch.cat([state["k"].to(k_BTGK.dtype), k_BTGK], 1)
+            v_BTGK = torch.cat([state["v"].to(v_BTGK.dtype), v_BTGK], 1)
+            num_cached = state["pos"]
+        y_BTHK = attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            resets=ctx.resets,
+            num_cached=num_cached,
+            window=self.config.window,
+            scale=self.config.scale,
+        )
+        # The next token sees itself and window - 1 others.
+        reach = k_BTGK.shape[1] if self.config.window is None else self.config.window - 1
+        oldest = max(0, k_BTGK.shape[1] - reach)
+        after = {"k": k_BTGK[:, oldest:], "v": v_BTGK[:, oldest:], "pos": position_BT[:, -1] + 1}
+        return self.out_proj(y_BTHK.flatten(2)), after
+
+    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
+        """Mix one token; see Mixer. The cache of keys grows by one token, up to the window."""
+        y_BTD, state = self(x_BD[:, None], Context(), state)
+        return y_BTD[:, 0], state
+
+    def init_state(self, batch_size: int, device: torch.device) -> State:
+        """Return empty k and v, (B, 0, G, K), and pos (B,) int64, the position of the next token.
+
+        Keys are kept as they are after RoPE. Of a row's cached keys the last `pos` count: those
+        before are of padding or another document.
+        """
+        shape = (batch_size, 0, self.config.kv_heads(), self.head_dim)
+        return {
+            "k": torch.empty(shape, dtype=self.k.weight.dtype, device=device),
+            "v": torch.empty(shape, dtype=self.v.weight.dtype, device=device),
+            "pos": torch.zeros(batch_size, dtype=torch.int64, device=device),
+        }
+
+    def init_weights(self, init: Initializer) -> None:
+        """Draw q, k and v with std, the out projection with out_std."""
+        for linear in (self.q, self.k, self.v):
+            init.normal(linear.weight, init.std)
+        init.normal(self.out_proj.weight, init.out_std)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.init_weights(init)
+
+    def tp_plan(self) -> dict[str, str]:
+        """Split by heads: projections by column, the out projection by row."""
+        return {
+            "[qkv].weight": "column",
+            "[qk]_norm.weight": "replicate",
+            "out_proj.weight": "row",
+        }
+
+    def hf_names(self) -> dict[str, str]:
+        """Name the parameters as transformers' attention layers do."""
+        names = {f"{part}.weight": f"{part}_proj.weight" for part in "qkv"}
+        names["out_proj.weight"] = "o_proj.weight"
+        if self.config.qk_norm:
+            names |= {f"{part}_norm.weight": f"{part}_norm.weight" for part in "qk"}
+        return names
+
+
+def positions(num_tokens: int, resets_BT: Tensor | None, first_B: Tensor) -> Tensor:
+    """Return each token's position in its document, int64 (B, T).
+
+    Args:
+        num_tokens: T.
+        resets_BT: where documents start; None if nowhere.
+        first_B: position of the first token, unless it starts a document.
+    """
+    index_T = torch.arange(num_tokens, device=first_B.device)
+    if resets_BT is None:
+        return first_B[:, None] + index_T
+    start_BT = torch.where(resets_BT, index_T, -first_B[:, None]).cummax(1).values
+    return index_T - start_BT

@@ -8,6 +8,7 @@ from megarec_kernels.gated_linear_attention import (
     initial_state,
 )
 from megarec_kernels.linear_cross_entropy import linear_cross_entropy
+from megarec_kernels.linear_distillation import linear_distillation
 
 __all__ = [
     "attention",
@@ -16,4 +17,5 @@ __all__ = [
     "gated_linear_attention_step",
     "initial_state",
     "linear_cross_entropy",
+    "linear_distillation",
 ]

@@ -41,6 +41,7 @@ def to_hf(args: argparse.Namespace) -> None:
         model,
         args.out,
         find_tokenizer(step, config, args.tokenizer),
+        model_type=args.model_type,
         record=record,
         license=args.license,
         overwrite=args.overwrite,
@@ -78,6 +79,7 @@ def parse_args() -> argparse.Namespace:
     add("--checkpoint", required=True, type=Path, help="a run folder or a step folder")
     add("--out", required=True, type=Path, help="folder to write")
     add("--tokenizer", help="'byte' or a tokenizer.json (default: that of the run)")
+    add("--model-type", help="architecture of transformers (default: the first that fits)")
     add("--license", default="unknown", help="identifier of the Hub, e.g. apache-2.0")
     add("--overwrite", action="store_true", help="replace an earlier export")
     released = commands.add_parser("from-hf", help="import a folder in Hugging Face format")

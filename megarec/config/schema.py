@@ -63,7 +63,11 @@ class TokenizerConfig(StrictModel):
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW with decoupled weight decay (arXiv 1711.05101) on matrices; `grad_clip` is a norm."""
+    """AdamW with decoupled weight decay (arXiv 1711.05101) on matrices; `grad_clip` is a norm.
+
+    `lr_scale` maps globs of parameter names (`blocks.3.mixer.*`) to factors on the learning rate;
+    the first that matches counts, and 0 freezes.
+    """
 
     type: Literal["adamw"] = "adamw"
     lr: PositiveFloat
@@ -71,6 +75,7 @@ class OptimizerConfig(StrictModel):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     grad_clip: PositiveFloat | None = 1.0
+    lr_scale: dict[str, NonNegativeFloat] = {}
 
 
 class ScheduleConfig(StrictModel):
@@ -165,6 +170,29 @@ class LoggingConfig(StrictModel):
     tensorboard: bool = False
 
 
+class DistillConfig(StrictModel):
+    """Learn from a frozen teacher instead of the labels alone (arXiv 1503.02531).
+
+    The loss of a token is kl_weight * t^2 * KL + ce_weight * cross-entropy, with `temperature` t
+    on both models' logits, plus activation_weight times the mean over layers of the distance
+    (L2 norm) between the two models' mixer outputs. `teacher` is a run, a step folder or a folder
+    in Hugging Face format, with the student's vocabulary.
+    """
+
+    teacher: str
+    divergence: Literal["forward_kl", "reverse_kl"] = "reverse_kl"
+    temperature: PositiveFloat = 1.0
+    kl_weight: NonNegativeFloat = 1.0
+    ce_weight: NonNegativeFloat = 0.0
+    activation_weight: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "DistillConfig":
+        if self.kl_weight == self.activation_weight == 0:
+            raise ValueError("kl_weight and activation_weight are both 0: the teacher has no say")
+        return self
+
+
 class Config(StrictModel):
     """A training run. `name` is its folder under runs/."""
 
@@ -182,6 +210,7 @@ class Config(StrictModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    distill: DistillConfig | None = None
     hooks: Annotated[tuple[str, ...], Tuple] = ("progress", "plot")
 
     @model_validator(mode="after")

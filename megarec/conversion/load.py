@@ -52,6 +52,14 @@ def load_model(
     return model.eval(), config
 
 
+def read_model_config(path: Path | str) -> ModelConfig:
+    """Return the model section of a checkpoint; path and errors as for `load_model`."""
+    path = Path(path)
+    if is_hf_folder(path):
+        return import_hf(path)[0]
+    return _read_configs(resolve_checkpoint(path).resolve().parents[1])[0]
+
+
 def find_tokenizer(path: Path, config: Config | None, wanted: str | None = None) -> Tokenizer:
     """Return the tokenizer that goes with a checkpoint.
 

@@ -1,9 +1,13 @@
-"""AdamW with the weight-decay mask."""
+"""AdamW with the weight-decay mask and a learning-rate factor for each parameter."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from megarec.config.schema import OptimizerConfig
+from megarec.errors import UserError
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -15,20 +19,59 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.startswith("embedding.")
 
 
+def learning_rate_scales(names: Iterable[str], config: OptimizerConfig) -> dict[str, float]:
+    """Return each parameter's factor on the learning rate, by name.
+
+    Raises:
+        UserError: a glob of `lr_scale` that matches no parameter.
+    """
+    names = list(names)
+    idle = [glob for glob in config.lr_scale if not any(fnmatchcase(n, glob) for n in names)]
+    if idle:
+        raise UserError(
+            *(
+                f"optimizer.lr_scale: '{glob}' matches no parameter; names look like '{names[-1]}'"
+                for glob in idle
+            )
+        )
+    return {
+        name: next((s for glob, s in config.lr_scale.items() if fnmatchcase(name, glob)), 1.0)
+        for name in names
+    }
+
+
+def freeze(model: nn.Module, config: OptimizerConfig) -> None:
+    """Take parameters whose factor is 0 out of training (UserError as learning_rate_scales)."""
+    parameters = dict(model.named_parameters())
+    for name, scale in learning_rate_scales(parameters, config).items():
+        parameters[name].requires_grad_(scale > 0)
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Build AdamW over the model's final (sharded) parameters, fused where torch has it."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (decayed if is_decayed(name, parameter) else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    """Build AdamW over the final (sharded) parameters that train, fused where torch has it."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scales = learning_rate_scales(dict(model.named_parameters()), config)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        key = is_decayed(name, parameter), scales[name]
+        groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": members,
+                "weight_decay": config.weight_decay if decayed else 0.0,
+                "lr_scale": scale,
+            }
+            for (decayed, scale), members in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, by the group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]

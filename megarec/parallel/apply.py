@@ -6,17 +6,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from megarec.config.model import ModelConfig
 from megarec.config.schema import Config
 from megarec.models.backbone import Backbone
+from megarec.optim.adamw import freeze
 
 
 def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) -> Backbone:
-    """Build the model of this rank: on meta, then in order recompute, shard, initialise.
+    """Build the model of this rank: on meta, then in order freeze, recompute, shard, initialise.
 
     No rank ever holds the whole model. The weights depend on the seed alone, not on the mesh.
+    Raises UserError for a learning-rate scale that matches no parameter.
     """
     with torch.device("meta"):
         model = Backbone(config.model)
+    freeze(model, config.optimizer)
     if config.parallel.activation_checkpointing == "full":
         for _, block in model.layers():
             block.recompute = True
@@ -24,6 +28,17 @@ def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) 
     model.to_empty(device=device)
     model.init_weights(config.seed, assign_shard)
     return model
+
+
+def build_frozen_model(
+    config: Config, model_config: ModelConfig, mesh: DeviceMesh, device: torch.device
+) -> Backbone:
+    """Build another model of the same run that does not train, sharded alike, without weights."""
+    with torch.device("meta"):
+        model = Backbone(model_config)
+    model.requires_grad_(False).eval()
+    shard(model, config, mesh)
+    return model.to_empty(device=device)
 
 
 def shard(model: Backbone, config: Config, mesh: DeviceMesh) -> None:

@@ -8,20 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megarec.checkpoint.manager import CheckpointManager
 from megarec.checkpoint.manifest import hash_config
 from megarec.checkpoint.ranks import Ranks
+from megarec.config.model import ModelConfig
 from megarec.config.schema import Config
 from megarec.data.build import Dataset, build_eval_sources, build_train_dataset
 from megarec.data.loader import EvalLoader
 from megarec.data.tokenizer import load_tokenizer
 from megarec.device import device_name
 from megarec.errors import EXIT_PREEMPTED, RunError, UserError
-from megarec.parallel.apply import build_sharded_model
+from megarec.models.backbone import Backbone
+from megarec.optim.adamw import learning_rate_scales
+from megarec.parallel.apply import build_frozen_model, build_sharded_model
 from megarec.parallel.mesh import build_mesh
 from megarec.parallel.plan import plan
 from megarec.train.environment import Environment
 from megarec.train.hooks import Hook, build_hooks
+from megarec.train.objective import Distillation, Objective, check_teacher, next_token
 from megarec.train.run_folder import RunFolder
 from megarec.train.trainer import Trainer
 
@@ -55,6 +61,7 @@ def run(config: Config, options: Options) -> int:
         sizes = plan(config, env.world_size)
         dataset, evaluation = ranks.together(lambda: _open_data(config, env))
         hooks = ranks.together(lambda: build_hooks(config))
+        teacher = ranks.together(lambda: _check_model(config))
         folder = RunFolder(options.runs / config.name)
         with _locked(folder, ranks), _logging(folder, env):
             plain = config.model_dump(mode="json")
@@ -67,9 +74,23 @@ def run(config: Config, options: Options) -> int:
                     tokens_per_step=sizes.tokens_per_step,
                 )
             )
-            trainer = _assemble(config, env, folder, dataset, evaluation, hooks)
+            trainer = _assemble(config, env, folder, dataset, evaluation, hooks, teacher)
             _restore(trainer, options)
             return _train(trainer, ranks)
+
+
+def _check_model(config: Config) -> ModelConfig | None:
+    """Find bad input that only shows beside a model; returns the teacher's config, if any."""
+    with torch.device("meta"):
+        model = Backbone(config.model)
+    learning_rate_scales([name for name, _ in model.named_parameters()], config.optimizer)
+    if config.distill is None:
+        return None
+    from megarec.conversion.load import read_model_config
+
+    teacher = read_model_config(config.distill.teacher)
+    check_teacher(teacher, config.model, config.distill)
+    return teacher
 
 
 def _open_data(config: Config, env: Environment) -> tuple[Dataset, EvalLoader | None]:
@@ -135,15 +156,23 @@ def _assemble(
     dataset: Dataset,
     evaluation: EvalLoader | None,
     hooks: Sequence[Hook],
+    teacher_config: ModelConfig | None,
 ) -> Trainer:
     mesh = build_mesh(config.parallel, env.world_size, env.device.type)
     model = build_sharded_model(config, mesh, env.device)
+    objective: Objective = next_token
+    if config.distill is not None and teacher_config is not None:
+        from megarec.conversion.load import load_initial_weights
+
+        teacher = build_frozen_model(config, teacher_config, mesh, env.device)
+        load_initial_weights(teacher, Path(config.distill.teacher))
+        objective = Distillation(teacher, config.distill)
     checkpoints = CheckpointManager(
         folder.checkpoints,
         config.checkpoint,
         config_hash=hash_config(config.model_dump(mode="json")),
     )
-    return Trainer(config, env, folder, model, dataset, evaluation, checkpoints, hooks)
+    return Trainer(config, env, folder, model, dataset, evaluation, checkpoints, hooks, objective)
 
 
 def _restore(trainer: Trainer, options: Options) -> None:

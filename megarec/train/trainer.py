@@ -25,6 +25,7 @@ from megarec.optim.schedule import learning_rate
 from megarec.train.environment import Environment
 from megarec.train.faults import fault
 from megarec.train.hooks import Hook
+from megarec.train.objective import CROSS_ENTROPY, Objective, next_token
 from megarec.train.run_folder import RunFolder
 from megarec.train.signals import StopSignal
 from megarec.train.state import TrainState
@@ -42,6 +43,7 @@ class Trainer:
         state: the counters.
         folder: where the run lives.
         model, optimizer: the sharded model and its AdamW.
+        objective: what is minimised.
     """
 
     def __init__(
@@ -54,12 +56,14 @@ class Trainer:
         evaluation: EvalLoader | None,
         checkpoints: CheckpointManager,
         hooks: Sequence[Hook],
+        objective: Objective = next_token,
     ) -> None:
         self.config = config
         self.env = env
         self.folder = folder
         self.model = model
         self.optimizer = build_optimizer(model, config.optimizer)
+        self.objective = objective
         self.dataset = dataset
         self.evaluation = evaluation
         self.checkpoints = checkpoints
@@ -120,10 +124,11 @@ class Trainer:
         local_tokens = sum(batch.num_tokens for batch in batches)
         tokens, stop_requests = self.env.sum([local_tokens, signal.received is not None])
 
-        local_loss = self._forward_backward(batches, tokens)
+        local = self._forward_backward(batches, tokens)
         if fault("after_backward", state.step):
             self._poison_gradients()
-        loss = self.env.sum([local_loss])[0]
+        terms = dict(zip(local, self.env.sum(list(local.values())), strict=True))
+        loss = terms.pop("loss")
         norm = gradient_norm(self.model).item()
         fault("before_optim", state.step)
         lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.steps)
@@ -131,7 +136,7 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(norm):
             self._update(norm, lr)
         else:
-            self._skip_or_stop(loss, norm, self.env.ranks_where(not math.isfinite(local_loss)))
+            self._skip_or_stop(loss, norm, self.env.ranks_where(not math.isfinite(local["loss"])))
         self.optimizer.zero_grad(set_to_none=True)
 
         state.step += 1
@@ -139,10 +144,12 @@ class Trainer:
         state.tokens += int(tokens)
         synchronize(self.env.device)
         seconds = time.perf_counter() - began
+        cross_entropy = terms.get(CROSS_ENTROPY, loss)
         record = {
             "step": state.step,
             "loss": loss,
-            "bits_per_byte": loss / math.log(2) / self.dataset.bytes_per_token
+            **terms,
+            "bits_per_byte": cross_entropy / math.log(2) / self.dataset.bytes_per_token
             if self.dataset.bytes_per_token
             else None,
             "lr": lr,
@@ -156,24 +163,27 @@ class Trainer:
         }
         return record, stop_requests > 0
 
-    def _forward_backward(self, batches: list[Batch], tokens: float) -> float:
+    def _forward_backward(self, batches: list[Batch], tokens: float) -> dict[str, float]:
         """Accumulate gradients of the mean loss over the global batch of `tokens` tokens.
 
-        Returns this rank's part of that loss: the parts of all ranks add up to it.
+        Returns this rank's part of that `loss` and of the objective's terms: the parts of all
+        ranks add up to them.
         """
         self.model.train()
         device = self.env.device
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        sums: dict[str, torch.Tensor] = {}
         for batch in batches:
-            loss, _ = self.model(
+            loss, terms = self.objective(
+                self.model,
                 batch.input_ids.to(device),
                 batch.labels.to(device),
-                ctx=Context.from_doc_ids(batch.doc_ids).to(device),
+                Context.from_doc_ids(batch.doc_ids).to(device),
             )
             # Data parallelism averages gradients over ranks: undo that, divide by all tokens.
             (loss * (self.env.world_size / max(tokens, 1))).backward()
-            loss_sum += loss.detach()
-        return loss_sum.item() / max(tokens, 1)
+            for name, term in {"loss": loss, **terms}.items():
+                sums[name] = sums.get(name, 0.0) + term.detach().double()
+        return {name: total.item() / max(tokens, 1) for name, total in sums.items()}
 
     def _update(self, norm: float, lr: float) -> None:
         if self.config.optimizer.grad_clip is not None:

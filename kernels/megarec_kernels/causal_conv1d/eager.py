@@ -17,7 +17,7 @@ def causal_conv1d_eager(
     B, T, C = x.shape
     K = weight.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    tail_BKC = x.new_zeros(B, K - 1, C) if tail is None else tail
+    tail_BKC = x.new_zeros(B, K - 1, C) if tail is None else tail.to(x.dtype)
     x_BSC = torch.cat([tail_BKC, x], 1)
     wide_BSC, weight_CK = x_BSC.to(dtype), weight.to(dtype)
     document_BS = None if resets is None else F.pad(resets, (K - 1, 0)).cumsum(1)

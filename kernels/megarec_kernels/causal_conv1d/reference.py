@@ -17,7 +17,7 @@ def causal_conv1d_reference(
     B, T, C = x.shape
     K = weight.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    tail_BKC = x.new_zeros(B, K - 1, C) if tail is None else tail
+    tail_BKC = x.new_zeros(B, K - 1, C) if tail is None else tail.to(x.dtype)
     ys_BC = []
     for t in range(T):
         if resets is not None:

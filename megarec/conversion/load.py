@@ -52,6 +52,18 @@ def load_model(
     return model.eval(), config
 
 
+def read_weights(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return the model section and the whole parameters of a checkpoint, on the CPU.
+
+    Path and errors as for `load_model`; a folder in Hugging Face format keeps its dtypes.
+    """
+    path = Path(path)
+    if is_hf_folder(path):
+        return import_hf(path)
+    model, _ = load_model(path)
+    return model.config, {name: p.detach() for name, p in model.named_parameters()}
+
+
 def read_model_config(path: Path | str) -> ModelConfig:
     """Return the model section of a checkpoint; path and errors as for `load_model`."""
     path = Path(path)

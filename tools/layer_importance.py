@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("layer_importance"), help="without suffix")
     parser.add_argument("--force", action="store_true", help="replace OUT.json and OUT.png")
     args = parser.parse_args()
-    table, plot = args.out.with_suffix(".json"), args.out.with_suffix(".png")
+    table, plot = Path(f"{args.out}.json"), Path(f"{args.out}.png")
     for path in (table, plot):
         check_new_file(path, force=args.force)
 

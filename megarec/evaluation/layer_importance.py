@@ -45,7 +45,7 @@ def leave_one_out(
         device: of the model.
     """
     whole = _mean_loss(model, loader, device)
-    importance = []
+    importance: list[LayerImportance] = []
     for name, block in model.layers():
         if block.mixer is None:
             continue
@@ -59,6 +59,7 @@ def leave_one_out(
 def plot_importance(importance: list[LayerImportance], path: Path) -> None:
     """Draw the increase of the loss by layer, a colour a type of mixer, to a PNG file."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(max(6.0, 0.25 * len(importance)), 4.0), layout="constrained")
     axes = figure.subplots()
@@ -67,7 +68,7 @@ def plot_importance(importance: list[LayerImportance], path: Path) -> None:
         axes.bar([x.layer for x in of_kind], [x.increase for x in of_kind], label=kind)
     axes.set_xlabel("layer whose mixer is left out")
     axes.set_ylabel("increase of the loss (nats per token)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -130,24 +130,24 @@ class Attention(Mixer):
         if self.config.rope is not None:
             angles = rotation(self.config.rope, self.head_dim, position_BT, x_BTD.dtype)
             q_BTHK, k_BTGK = rotate(q_BTHK, angles), rotate(k_BTGK, angles)
-        num_cached = None
-        if state["k"].shape[1] > 0:
-            k_BTGK = torch.cat([state["k"].to(k_BTGK.dtype), k_BTGK], 1)
-            v_BTGK = torch.cat([state["v"].to(v_BTGK.dtype), v_BTGK], 1)
-            num_cached = state["pos"]
+        # Copies, also of an empty cache: what is returned as state must be no view.
+        k_BSGK = torch.cat([state["k"].to(k_BTGK.dtype), k_BTGK], 1)
+        v_BSGK = torch.cat([state["v"].to(v_BTGK.dtype), v_BTGK], 1)
         y_BTHK = attention(
             q_BTHK,
-            k_BTGK,
-            v_BTGK,
+            k_BSGK,
+            v_BSGK,
             resets=ctx.resets,
-            num_cached=num_cached,
+            num_cached=state["pos"] if k_BSGK.shape[1] > T else None,
             window=self.config.window,
             scale=self.config.scale,
         )
-        # The next token sees itself and window - 1 others.
-        reach = k_BTGK.shape[1] if self.config.window is None else self.config.window - 1
-        oldest = max(0, k_BTGK.shape[1] - reach)
-        after = {"k": k_BTGK[:, oldest:], "v": v_BTGK[:, oldest:], "pos": position_BT[:, -1] + 1}
+        window = self.config.window
+        if window is not None and k_BSGK.shape[1] >= window:
+            # The next token sees itself and window - 1 others.
+            oldest = k_BSGK.shape[1] - (window - 1)
+            k_BSGK, v_BSGK = k_BSGK[:, oldest:].clone(), v_BSGK[:, oldest:].clone()
+        after = {"k": k_BSGK, "v": v_BSGK, "pos": position_BT[:, -1] + 1}
         return self.out_proj(y_BTHK.flatten(2)), after
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:

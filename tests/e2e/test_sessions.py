@@ -11,9 +11,20 @@ import torch
 from e2e_runs import STOP_STEP, held_out, losses, session, status
 from safetensors.torch import load_file
 
+from megarec.conversion.load import load_model
 from megarec.errors import EXIT_PREEMPTED, RunError, UserError
 from megarec.testing.distributed import run_ranks
+from megarec.train.hooks.jsonl import read_metrics
 
+HYBRID = {
+    "blocks": {
+        "M": {"mixer": {"type": "mamba2", "num_heads": 4, "head_dim": 16, "state_dim": 8}},
+        "*": {"mixer": {"type": "attention", "num_heads": 4, "num_kv_heads": 2}},
+        "-": {"ffn": {"type": "squared_relu", "d_ff": 48}},
+    },
+    "pattern": "M-*-",
+    "num_layers": 4,
+}
 SKIP = {"nonfinite": {"policy": "skip", "max_consecutive": 1}}
 WORLDS = ("one", "two")
 
@@ -36,6 +47,16 @@ def both_worlds(rank: int, world_size: int, runs: str) -> dict[str, int]:
     codes["recomputed"] = session(folder, "recomputed", parallel=recompute)
     bfloat16 = {"compute": "bfloat16"}
     codes["bfloat16"] = session(folder, "bfloat16", precision=bfloat16, train={"steps": 4})
+    codes["hybrid"] = session(folder, "hybrid", model=HYBRID, precision=bfloat16)
+    # A teacher of this very folder, sharded like the student, whose embedding does not train.
+    codes["distilled"] = session(
+        folder,
+        "distilled",
+        model=HYBRID,
+        distill={"teacher": str(folder / "golden"), "ce_weight": 0.5},
+        optimizer={"lr_scale": {"embedding.*": 0.0, "blocks.0.*": 0.5}},
+        train={"steps": 6},
+    )
     codes["asynchronous"] = session(folder, "asynchronous", checkpoint={"asynchronous": True})
     return codes
 
@@ -69,10 +90,31 @@ def test_a_run_learns_and_leaves_what_it_should(worlds: dict[str, Path], world: 
 
 
 def test_two_ranks_equal_one(worlds: dict[str, Path]) -> None:
-    for run in ("golden", "tied"):
+    for run in ("golden", "tied", "distilled"):
         one, two = losses(worlds["one"], run), losses(worlds["two"], run)
         assert two[0] == pytest.approx(one[0], rel=1e-6)
         assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_student_learns_from_its_teacher(worlds: dict[str, Path], world: str) -> None:
+    records = list(read_metrics(worlds[world] / "distilled/metrics.jsonl"))
+    steps = [record for record in records if "loss" in record]
+    assert steps[-1]["divergence"] < 0.9 * steps[0]["divergence"]
+    for step in steps:
+        expected = step["divergence"] + 0.5 * step["cross_entropy"]
+        assert step["loss"] == pytest.approx(expected, rel=1e-5)
+    weights = [
+        load_model(worlds[world] / "distilled/checkpoints" / step)[0].embedding.weight
+        for step in ("step_00000004", "step_00000006")
+    ]
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_hybrid_learns_in_bfloat16(worlds: dict[str, Path], world: str) -> None:
+    before, after = held_out(worlds[world], "hybrid")
+    assert after < before - 0.3
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -198,6 +240,10 @@ def test_bad_input_writes_nothing(tmp_path: Path) -> None:
         session(tmp_path, "run", parallel={"dp_shard": 3})
     with pytest.raises(UserError, match="unknown hook 'progres'"):
         session(tmp_path, "run", hooks=["progres"])
+    with pytest.raises(UserError, match=r"optimizer.lr_scale: 'blocks.9.\*' matches no parameter"):
+        session(tmp_path, "run", optimizer={"lr_scale": {"blocks.9.*": 0.1}})
+    with pytest.raises(UserError, match="nowhere: expected a run folder"):
+        session(tmp_path, "run", distill={"teacher": str(tmp_path / "nowhere")})
     with pytest.raises(UserError, match="data.train.text"):
         session(tmp_path, "run", data={"train": {"text": {"path": "nowhere"}}})
     assert not list(tmp_path.iterdir())

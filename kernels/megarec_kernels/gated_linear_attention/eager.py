@@ -61,9 +61,10 @@ def gated_linear_attention_eager(
     )
     if plain:
         C_BHKV = C_BHKV * m_BH.exp()[..., None, None]
-    new_state = {"C": C_BHKV[..., :Dv].contiguous()}
     if normalize:
-        new_state["n"] = C_BHKV[..., Dv].contiguous()
+        new_state = {"C": C_BHKV[..., :Dv].contiguous(), "n": C_BHKV[..., Dv].contiguous()}
+    else:
+        new_state = {"C": C_BHKV}
     if not plain:
         new_state["m"] = m_BH
     return y, new_state

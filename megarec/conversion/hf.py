@@ -1,6 +1,7 @@
 """Read and write folders in Hugging Face format; what is special to an architecture is a target."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from megarec.models.backbone import Backbone
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+
+logger = logging.getLogger(__name__)
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -67,6 +70,16 @@ def export_hf(
     config = target.export_config(model.config)
     config |= token_ids(tokenizer, model.config.vocab_size)
     config["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
+    notes = target.notes(model.config)
+    if model.config.head.tie_embeddings and not target.can_tie:
+        notes.append("Embeddings were tied in training; here `lm_head` is a copy of them.")
+    obstacle = target.cache_obstacle(model.config)
+    config["use_cache"] = obstacle is None
+    if obstacle is not None:
+        logger.warning("export: written with use_cache=false: %s", obstacle)
+        notes.append(
+            f"`use_cache` is off, so generation reads the whole text for each token: {obstacle}."
+        )
     generation = {key: config[key] for key in config if key.endswith("_token_id")}
     generation["use_cache"] = config["use_cache"]
     tensors = target.export_tensors(model.config, model.state_dict())
@@ -83,7 +96,7 @@ def export_hf(
             config=model.config,
             model_type=target.model_type,
             license=license,
-            notes=target.notes(model.config),
+            notes=notes,
             has_tokenizer=tokenizer is not None,
             record=record,
         )

@@ -99,7 +99,7 @@ def write_model_card(
     parts = [
         f"---\n{_yaml(front_matter)}---",
         f"# {title}",
-        f"A recurrent language model of {config.num_params():,} parameters for the `{model_type}` "
+        f"A language model of {config.num_params():,} parameters for the `{model_type}` "
         f"class of transformers, written by megarec {megarec.__version__}.",
         f"## Use\n\n```python\n{LOAD_WITH_TOKENIZER if has_tokenizer else LOAD_ALONE}```",
         "\n".join(f"- {note}" for note in notes),
@@ -114,7 +114,7 @@ def write_model_card(
             parts.append("![Loss over training](loss.png)")
         recipe = _yaml(record.config.model_dump(mode="json"))
         parts.append(f"## Recipe\n\n```yaml\n{recipe}```")
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
 
 
 def _last_losses(metrics: Path, step: int) -> list[tuple[str, float]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megarec.config.model import BlockConfig, ModelConfig
 from megarec.errors import UserError
 from megarec.models.backbone import Backbone
+from megarec.models.block import Block
 
 
 class Target(ABC):
@@ -25,27 +26,37 @@ class Target(ABC):
         rank: of two targets that can represent a model, the one with the lower rank is taken.
         can_tie: the architecture can share one matrix between embeddings and head; where it
             cannot, tied embeddings are exported as a head of their own.
+        model_names: own name -> name there, of the parameters outside of the layers.
+        layer_prefix: of the parameters of layer 0, 1, ... there, before the number.
+        block_names: own name -> name there, of a layer's parameters outside of its mixer.
+        mixers: type of mixer -> prefix of its parameters in a layer there, for all that it has.
+        old_prefixes: beginnings of names in older files -> what they are now.
+        unused: endings of names in older files that mean nothing.
     """
 
     model_type: ClassVar[str]
     rank: ClassVar[int] = 0
     can_tie: ClassVar[bool] = True
+    model_names: ClassVar[dict[str, str]]
+    layer_prefix: ClassVar[str]
+    block_names: ClassVar[dict[str, str]]
+    mixers: ClassVar[dict[str, str]]
+    old_prefixes: ClassVar[dict[str, str]] = {}
+    unused: ClassVar[tuple[str, ...]] = ()
     members: ClassVar[dict[str, type["Target"]]] = {}
 
     def __init_subclass__(cls) -> None:
-        Target.members[cls.model_type] = cls
+        # A base of several targets has no model_type of its own.
+        if "model_type" in vars(cls):
+            Target.members[cls.model_type] = cls
 
     @abstractmethod
     def obstacles(self, config: ModelConfig) -> list[str]:
         """Say what of a model the architecture cannot represent, one line each; [] if nothing."""
 
     @abstractmethod
-    def notes(self, config: ModelConfig) -> list[str]:
-        """Say what users of the export must know, a sentence each; it stands on the model card."""
-
-    @abstractmethod
     def export_config(self, config: ModelConfig) -> dict[str, Any]:
-        """Return config.json, without token ids and dtype, of a model without obstacles."""
+        """Return config.json of a model without obstacles, but for token ids, dtype, use_cache."""
 
     @abstractmethod
     def import_config(self, hf: Mapping[str, Any]) -> ModelConfig:
@@ -55,12 +66,41 @@ class Target(ABC):
             ValidationError: pydantic's, with every key that megarec cannot represent.
         """
 
-    @abstractmethod
+    def notes(self, config: ModelConfig) -> list[str]:
+        """Say what users of the export must know, a sentence each; it stands on the model card."""
+        return []
+
+    def cache_obstacle(self, config: ModelConfig) -> str | None:
+        """Say why the architecture's cache is wrong for a model; None if it serves."""
+        return None
+
     def names(self, config: ModelConfig) -> dict[str, str]:
         """Return own parameter name -> the architecture's, for every parameter of a model.
 
         Parameters of one name there are one tensor: joined along their first dim, in this order.
         """
+        names = dict(self.model_names)
+        if config.head.tie_embeddings:
+            del names["head.weight"]
+        blocks = {name: self._layer_names(config.blocks[name], config) for name in config.pattern}
+        for i in range(config.num_layers):
+            block = blocks[config.pattern[i % len(config.pattern)]]
+            names |= {
+                f"blocks.{i}.{own}": f"{self.layer_prefix}{i}.{theirs}"
+                for own, theirs in block.items()
+            }
+        return names
+
+    def _layer_names(self, config: BlockConfig, model: ModelConfig) -> dict[str, str]:
+        with torch.device("meta"):
+            block = Block(config, model.d_model, model.norm)
+        own = dict(block.named_parameters())
+        names = {name: theirs for name, theirs in self.block_names.items() if name in own}
+        if config.mixer is not None and block.mixer is not None:
+            prefix = self.mixers[config.mixer.type]
+            leaves = block.mixer.hf_names()
+            names |= {f"mixer.{name}": f"{prefix}.{leaf}" for name, leaf in leaves.items()}
+        return names
 
     def export_tensors(
         self, config: ModelConfig, tensors: Mapping[str, Tensor]
@@ -71,7 +111,7 @@ class Target(ABC):
             parts.setdefault(theirs, []).append(tensors[own])
         joined = {name: torch.cat(p) if len(p) > 1 else p[0] for name, p in parts.items()}
         if config.head.tie_embeddings and not self.can_tie:
-            joined["lm_head.weight"] = tensors["embedding.weight"].clone()
+            joined[self.model_names["head.weight"]] = tensors["embedding.weight"].clone()
         return joined
 
     def import_tensors(
@@ -87,7 +127,7 @@ class Target(ABC):
         for own, theirs in self.names(config).items():
             own_names.setdefault(theirs, []).append(own)
         found: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
+        for name, tensor in self._current(config, tensors).items():
             parts = own_names.get(name, [name])
             sizes = [rows.get(part, 0) for part in parts]
             if len(parts) == 1:
@@ -98,13 +138,22 @@ class Target(ABC):
                 found[name] = tensor
         return found
 
-
-def mixer_names(block: BlockConfig, d_model: int) -> dict[str, str]:
-    """Return the `hf_names` of a block's mixer; {} where there is none."""
-    if block.mixer is None:
-        return {}
-    with torch.device("meta"):
-        return block.mixer.build(d_model).hf_names()
+    def _current(self, config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of an older file under today's names, without those that mean nothing."""
+        current = {}
+        for name, tensor in tensors.items():
+            for old, new in self.old_prefixes.items():
+                if name.startswith(old):
+                    name = new + name.removeprefix(old)
+            if not name.endswith(self.unused):
+                current[name] = tensor
+        # Some files hold a tied matrix twice. Two that differ would be no tied ones.
+        names = (self.model_names["head.weight"], self.model_names["embedding.weight"])
+        if config.head.tie_embeddings and current.keys() >= set(names):
+            head, embedding = (current[name] for name in names)
+            if head.dtype == embedding.dtype and torch.equal(head, embedding):
+                del current[names[0]]
+        return current
 
 
 def scale_obstacles(config: ModelConfig) -> list[str]:
@@ -125,10 +174,16 @@ def target_for_export(config: ModelConfig, model_type: str | None = None) -> Tar
     """Return the target of a `model_type`, or the first that can represent a model.
 
     Raises:
-        UserError: it, or none at all, can; every obstacle of every target asked, one line each.
+        UserError: it, or none at all, can; every obstacle of every target asked that has the
+            model's mixers, one line each.
     """
+    if model_type:
+        asked = [target_for_import(model_type, "export")]
+    else:
+        types = {mixer.type for mixer in config.mixers}
+        every = list(_targets().values())
+        asked = [target for target in every if types <= target.mixers.keys()] or every
     problems = []
-    asked = [target_for_import(model_type, "export")] if model_type else _targets().values()
     for target in asked:
         obstacles = target.obstacles(config)
         if not obstacles:

@@ -1,7 +1,6 @@
 """Exports load with plain transformers and compute the same; they appear whole or not at all."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conversion.tiny_models import random_model, tiny_config
+from conversion.with_transformers import assert_same_as_transformers, load_with_transformers
 from safetensors.torch import load_file
 
 from megarec.config.loader import load_config
@@ -24,33 +24,12 @@ def model() -> Backbone:
     return random_model(tiny_config())
 
 
-def load_with_transformers(folder: Path) -> Any:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def greedy(model: Backbone, ids_BT: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    for _ in range(num_tokens):
-        ids_BT = torch.cat([ids_BT, model(ids_BT)[:, -1:].argmax(-1)], dim=1)
-    return ids_BT
-
-
-def assert_same_as_transformers(model: Backbone, folder: Path) -> Any:
-    ids = torch.randint(256, (2, 21), generator=torch.Generator().manual_seed(0))
-    theirs = load_with_transformers(folder)
-    assert type(theirs).__name__ == "xLSTMForCausalLM"
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-4)
-        generated = theirs.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
-        assert torch.equal(generated, greedy(model, ids, 8))
-    return theirs
+XLSTM = "xLSTMForCausalLM"
 
 
 def test_transformers_computes_the_same(model: Backbone, tmp_path: Path) -> None:
     export_hf(model, tmp_path / "out", load_tokenizer("byte"))
-    theirs = assert_same_as_transformers(model, tmp_path / "out")
+    theirs = assert_same_as_transformers(model, tmp_path / "out", XLSTM)
     assert theirs.dtype == torch.float32
     assert theirs.config.use_cache is theirs.generation_config.use_cache is True
     ids = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
@@ -65,7 +44,7 @@ def test_widths_that_the_cache_cannot_hold(
     model = random_model(tiny_config(d_model=d_model))
     export_hf(model, tmp_path / "out", load_tokenizer("byte"))
     assert len(caplog.messages) == 1 and "use_cache=false" in caplog.messages[0]
-    theirs = assert_same_as_transformers(model, tmp_path / "out")
+    theirs = assert_same_as_transformers(model, tmp_path / "out", XLSTM)
     assert theirs.config.use_cache is theirs.generation_config.use_cache is False
     assert "`use_cache` is off" in (tmp_path / "out/README.md").read_text()
 
@@ -73,7 +52,7 @@ def test_widths_that_the_cache_cannot_hold(
 def test_tied_embeddings_become_a_head(tmp_path: Path) -> None:
     model = random_model(tiny_config(head={"soft_cap": 30.0, "tie_embeddings": True}))
     export_hf(model, tmp_path / "out")
-    assert_same_as_transformers(model, tmp_path / "out")
+    assert_same_as_transformers(model, tmp_path / "out", XLSTM)
     config, tensors = import_hf(tmp_path / "out")
     assert not config.head.tie_embeddings
     assert torch.equal(tensors["head.weight"], model.embedding.weight)
@@ -131,7 +110,7 @@ def test_shards(model: Backbone, tmp_path: Path) -> None:
     own, tensors = model.state_dict(), import_hf(tmp_path / "out")[1]
     assert tensors.keys() == own.keys()
     assert all(torch.equal(tensors[name], own[name]) for name in own)
-    assert_same_as_transformers(model, tmp_path / "out")
+    assert_same_as_transformers(model, tmp_path / "out", XLSTM)
 
 
 @pytest.mark.parametrize("missing", ["tokens", "nothing"])
@@ -157,7 +136,7 @@ def test_readme_shows_how_to_load(
     monkeypatch.chdir(tmp_path / "tiny")
     scope: dict[str, Any] = {}
     exec(code.replace("=100", "=4"), scope)
-    assert type(scope["model"]).__name__ == "xLSTMForCausalLM"
+    assert type(scope["model"]).__name__ == XLSTM
     if tokenizer is not None:
         assert "Once upon a time" in capsys.readouterr().out
 

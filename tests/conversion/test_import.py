@@ -129,7 +129,7 @@ def test_every_unknown_option_is_named(golden: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type=llama: expected one of xlstm"),
+        ({"model_type": "gpt2"}, "model_type=gpt2: expected one of .*, mamba2, .*, xlstm"),
         ({"embedding_dim": 256}, "hidden_size=128 and embedding_dim=256 differ"),
         ({"hidden_size": None, "embedding_dim": None}, "hidden_size"),
         ({"num_heads": 3}, "num_heads=3 does not divide"),

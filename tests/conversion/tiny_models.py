@@ -31,16 +31,80 @@ def tiny_config(**changes: Any) -> ModelConfig:
     return ModelConfig.model_validate(tree)
 
 
+MAMBA2 = {
+    "type": "mamba2",
+    "num_heads": 8,
+    "head_dim": 8,
+    "state_dim": 16,
+    "num_groups": 2,
+    "chunk_size": 8,
+}
+ATTENTION = {"type": "attention", "num_heads": 4, "num_kv_heads": 2, "max_seq_len": 64}
+NOPE = ATTENTION | {"rope": None, "head_dim": 12}
+SWIGLU = {"d_ff": 48}
+
+LAYERED: dict[str, dict[str, Any]] = {
+    "nemotron_h": {
+        "blocks": {
+            "m": {"mixer": MAMBA2 | {"num_heads": 6}},
+            "a": {"mixer": NOPE},
+            "f": {"ffn": {"type": "squared_relu", "d_ff": 40}},
+        },
+        "pattern": "mfmamf",
+    },
+    "granitemoehybrid": {
+        "blocks": {
+            "m": {"mixer": MAMBA2, "ffn": SWIGLU, "residual_scale": 0.5},
+            "a": {"mixer": NOPE | {"scale": 0.4}, "ffn": SWIGLU, "residual_scale": 0.5},
+        },
+        "pattern": "mmam",
+        "embedding_scale": 3.0,
+        "head": {"logit_scale": 0.25},
+    },
+    "mamba2": {"blocks": {"m": {"mixer": MAMBA2 | {"conv_bias": False}}}, "pattern": "mmm"},
+    "llama": {"blocks": {"a": {"mixer": ATTENTION, "ffn": SWIGLU}}, "pattern": "aa"},
+    "mistral": {
+        "blocks": {"a": {"mixer": ATTENTION | {"window": 5, "head_dim": 12}, "ffn": SWIGLU}},
+        "pattern": "aa",
+    },
+}
+"""Model sections of 64 channels that have a class of transformers of their own."""
+
+
+def layered_config(model_type: str, **changes: Any) -> ModelConfig:
+    """A model section of LAYERED; keys of `changes` replace those of the top level."""
+    tree = {"vocab_size": 257, "d_model": 64, "norm": {"eps": 1e-5}} | LAYERED[model_type] | changes
+    return ModelConfig.model_validate({"num_layers": len(tree["pattern"])} | tree)
+
+
+def change_mixers(model_type: str, **changes: Any) -> ModelConfig:
+    """A model section of LAYERED with some keys of every mixer changed."""
+    blocks = {
+        name: block | {"mixer": block["mixer"] | changes} if "mixer" in block else block
+        for name, block in LAYERED[model_type]["blocks"].items()
+    }
+    return layered_config(model_type, blocks=blocks)
+
+
 def random_model(config: ModelConfig) -> Backbone:
     """A model whose every parameter is random: its initial gates would hide what they do."""
-    model = build_model(config)
+    return randomize(build_model(config))
+
+
+@torch.no_grad()
+def randomize(model: Any) -> Any:
+    """Add noise to every parameter, of our models and those of transformers alike.
+
+    Step sizes of Mamba-2 lie between 1e-4 and 1.
+    """
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.empty(parameter.shape).normal_(0, 0.1, generator=generator)
-            parameter.add_(noise)
-        for block in model.blocks.values():
-            block.mixer.gates.igate.bias.fill_(-1.0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("dt_bias"):
+            parameter.copy_(torch.linspace(-8.0, 0.0, len(parameter)))
+        if name.endswith("igate.bias"):
+            parameter.fill_(-1.0)
+        noise = torch.empty(parameter.shape).normal_(0, 0.1, generator=generator)
+        parameter.add_(noise.to(parameter.dtype))
     return model.eval()
 
 

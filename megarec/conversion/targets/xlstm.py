@@ -1,47 +1,26 @@
 """xLSTM (arXiv 2503.13427) as transformers' `xlstm`: xLSTMForCausalLM, weight_mode "single"."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import ConfigDict, field_validator, model_validator
+from pydantic import field_validator
 from torch import Tensor
 
-from megarec.config.base import PositiveFloat, PositiveInt, StrictModel
+from megarec.config.base import PositiveFloat, PositiveInt
 from megarec.config.model import BlockConfig, ModelConfig
-from megarec.conversion.target import Target, mixer_names, scale_obstacles
+from megarec.conversion.config_file import ConfigFile
+from megarec.conversion.target import Target, scale_obstacles
 from megarec.models.mixers.mlstm import MLSTMConfig
 
 CELL_EPS = 1e-6
 """What both sides add to the cell's denominator."""
 
-# Own name -> name in the architecture.
-MODEL_NAMES = {
-    "embedding.weight": "backbone.embeddings.weight",
-    "norm.weight": "backbone.out_norm.weight",
-    "head.weight": "lm_head.weight",
-}
-BLOCK_NAMES = {
-    "mixer_norm.weight": "norm_mlstm.weight",
-    "ffn_norm.weight": "norm_ffn.weight",
-    "ffn.gate.weight": "ffn.proj_up_gate.weight",
-    "ffn.up.weight": "ffn.proj_up.weight",
-    "ffn.down.weight": "ffn.proj_down.weight",
-}
-# What NX-AI/xLSTM-7b and the standalone xlstm package name otherwise.
-OLD_KEYS = {"hidden_size": "embedding_dim", "num_hidden_layers": "num_blocks"}
-OLD_NAMES = {"embedding.weight": "backbone.embeddings.weight"}
 
-logger = logging.getLogger(__name__)
+class XLSTMFile(ConfigFile):
+    """The keys of config.json that shape the model; see ConfigFile."""
 
-
-class XLSTMFile(StrictModel):
-    """The keys of config.json that shape the model, with transformers' defaults.
-
-    A Literal is all that megarec can represent.
-    """
-
-    model_config = ConfigDict(extra="ignore")
+    # Of NX-AI/xLSTM-7b and the standalone xlstm package.
+    old_keys = {"hidden_size": "embedding_dim", "num_hidden_layers": "num_blocks"}
 
     vocab_size: PositiveInt = 50304
     hidden_size: PositiveInt
@@ -68,22 +47,28 @@ class XLSTMFile(StrictModel):
             raise ValueError(f"expected {CELL_EPS}, which is fixed in megarec's cell")
         return eps
 
-    @model_validator(mode="before")
-    @classmethod
-    def _take_old_keys(cls, hf: Any) -> Any:
-        for new, old in OLD_KEYS.items():
-            if hf.get(new) is None:
-                hf = {**hf, new: hf.get(old)}
-            elif hf.get(old) not in (None, hf[new]):
-                raise ValueError(f"{new}={hf[new]} and {old}={hf[old]} differ; keep one of them")
-        return hf
-
 
 class XLSTM(Target):
     """Models whose every block is mlstm and SwiGLU, all of one shape, under a soft-capped head."""
 
     model_type = "xlstm"
     can_tie = False
+    model_names = {
+        "embedding.weight": "backbone.embeddings.weight",
+        "norm.weight": "backbone.out_norm.weight",
+        "head.weight": "lm_head.weight",
+    }
+    layer_prefix = "backbone.blocks."
+    block_names = {
+        "mixer_norm.weight": "norm_mlstm.weight",
+        "ffn_norm.weight": "norm_ffn.weight",
+        "ffn.gate.weight": "ffn.proj_up_gate.weight",
+        "ffn.up.weight": "ffn.proj_up.weight",
+        "ffn.down.weight": "ffn.proj_down.weight",
+    }
+    mixers = {"mlstm": "mlstm_layer"}
+    # As the standalone xlstm package writes them.
+    old_prefixes = {"embedding.": "backbone.embeddings."}
 
     def obstacles(self, config: ModelConfig) -> list[str]:
         """Name what the architecture lacks; see Target."""
@@ -103,34 +88,31 @@ class XLSTM(Target):
         return problems + scale_obstacles(config)
 
     def notes(self, config: ModelConfig) -> list[str]:
-        """Tell of padding, document boundaries and the cache; see Target."""
+        """Tell of padding and document boundaries; see Target."""
         mixer, _ = _parts(config.layers[0])
-        notes = [
+        return [
             "`attention_mask` is ignored: batch sequences of equal length only. Padding on the "
             "left changes the result.",
             "The architecture cannot reset its state inside a row: run one document a row. "
             f"(megarec packs rows and resets: `document_reset: {mixer.document_reset}`.)",
         ]
-        if config.head.tie_embeddings:
-            notes.append("Embeddings were tied in training; here `lm_head` is a copy of them.")
-        if not _cache_fits(mixer, config.d_model):
-            notes.append(
-                "`use_cache` is off, so generation reads the whole text for each token: the cache "
-                "of the architecture needs query and value widths that 64 divides."
-            )
-        return notes
+
+    def cache_obstacle(self, config: ModelConfig) -> str | None:
+        """The layers take int(d_model * factor), their cache that rounded up; see Target."""
+        mixer, _ = _parts(config.layers[0])
+        d_model = config.d_model
+        widths = mixer.qk_dim(d_model), mixer.v_dim(d_model)
+        factors = mixer.qk_dim_factor, mixer.v_dim_factor
+        if widths == tuple(_rounded_up(d_model, factor, 64) for factor in factors):
+            return None
+        return (
+            f"the cache of the class needs query and value widths that 64 divides, not {widths[0]} "
+            f"and {widths[1]}"
+        )
 
     def export_config(self, config: ModelConfig) -> dict[str, Any]:
         """Return config.json, each size under its old and new name; see Target."""
         mixer, d_ff = _parts(config.layers[0])
-        use_cache = _cache_fits(mixer, config.d_model)
-        if not use_cache:
-            logger.warning(
-                "export: query width %d and value width %d are not both multiples of 64, which "
-                "the cache of transformers' xlstm needs: written with use_cache=false",
-                mixer.qk_dim(config.d_model),
-                mixer.v_dim(config.d_model),
-            )
         factor, multiple = _ffn_keys(config.d_model, d_ff)
         return {
             "architectures": ["xLSTMForCausalLM"],
@@ -157,7 +139,6 @@ class XLSTM(Target):
             # mode="train" demands lengths that chunk_size divides, and has no state to return.
             "mode": "inference",
             "return_last_states": True,
-            "use_cache": use_cache,
             "chunk_size": mixer.chunk_size,
             "chunkwise_kernel": "chunkwise--native_autograd",
             "sequence_kernel": "native_sequence__native",
@@ -165,19 +146,6 @@ class XLSTM(Target):
             "autocast_kernel_dtype": "float32",
             "inference_state_dtype": "float32",
             "max_inference_chunksize": 16384,
-        }
-
-    def names(self, config: ModelConfig) -> dict[str, str]:
-        """Name every parameter; see Target."""
-        names = dict(MODEL_NAMES)
-        if config.head.tie_embeddings:
-            del names["head.weight"]
-        mixer = mixer_names(config.layers[0], config.d_model)
-        block = BLOCK_NAMES | {f"mixer.{own}": f"mlstm_layer.{leaf}" for own, leaf in mixer.items()}
-        return names | {
-            f"blocks.{i}.{own}": f"backbone.blocks.{i}.{theirs}"
-            for i in range(config.num_layers)
-            for own, theirs in block.items()
         }
 
     def import_config(self, hf: Mapping[str, Any]) -> ModelConfig:
@@ -210,7 +178,7 @@ class XLSTM(Target):
         """Split matrices of weight_mode "fused", then rename; see Target."""
         single: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            single |= _unfused(OLD_NAMES.get(name, name), tensor, config)
+            single |= _unfused(name, tensor, config)
         return super().import_tensors(config, single)
 
 
@@ -257,13 +225,6 @@ def _ffn_keys(d_model: int, d_ff: int) -> tuple[float, int]:
     The multiple is never 1, which would round a product just below d_ff down.
     """
     return d_ff / d_model, 64 if d_ff % 64 == 0 else d_ff
-
-
-def _cache_fits(mixer: MLSTMConfig, d_model: int) -> bool:
-    # The layers take int(d_model * factor), their cache the same rounded up to a multiple of 64.
-    return mixer.qk_dim(d_model) == _rounded_up(d_model, mixer.qk_dim_factor, 64) and mixer.v_dim(
-        d_model
-    ) == _rounded_up(d_model, mixer.v_dim_factor, 64)
 
 
 def _unfused(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:

@@ -79,9 +79,10 @@ class Registered(StrictModel):
         tag = value.get("type") if isinstance(value, dict) else None
         member = cls.member(tag)
         if member is None:
+            problem = f"unknown {cls.kind} type '{tag}'" if tag else f"no {cls.kind} type"
             raise PydanticCustomError(
                 "unknown_type",
-                "unknown {kind} type '{tag}'; expected one of: {known}",
-                {"kind": cls.kind, "tag": str(tag), "known": ", ".join(sorted(cls.members))},
+                "{problem}; expected one of: {known}",
+                {"problem": problem, "known": ", ".join(sorted(cls.members))},
             )
         return member.model_validate(value)

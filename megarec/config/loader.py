@@ -16,6 +16,13 @@ from megarec.errors import UserError
 CONFIG_FOLDER = Path(__file__).parents[2] / "configs"
 Tree = dict[str, Any]
 
+# Where pydantic's words are about Python: what is missing, in those of YAML.
+EXPECTED = {
+    "tuple_type": "expected a list",
+    "dict_type": "expected a section",
+    "model_type": "expected a section",
+}
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats (`3e-4` is a number), and a key given twice is an error."""
@@ -133,7 +140,7 @@ def config_errors(
     for item in error.errors():
         keys = [str(part) for part in item["loc"]]
         key = ".".join(keys)
-        problem = item["msg"].removeprefix("Value error, ")
+        problem = EXPECTED.get(item["type"], item["msg"].removeprefix("Value error, "))
         if item["type"] == "extra_forbidden":
             known = _fields_at(model, tree, keys[:-1])
             near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)

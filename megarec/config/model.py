@@ -1,6 +1,6 @@
 """The model section: blocks, their pattern, the head; sizes are computed without building."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
@@ -9,12 +9,15 @@ from megarec.config.base import (
     PositiveFloat,
     PositiveInt,
     StrictModel,
-    Tuple,
 )
 from megarec.config.mixer import MixerConfig
 
-# A pattern may be given as a string of one-character names.
-CHARACTERS = BeforeValidator(lambda value: tuple(value) if isinstance(value, str) else value)
+
+def _names(value: Any) -> Any:
+    """Turn a list, or a string of one-character names, into a tuple."""
+    if not isinstance(value, list | tuple | str):
+        raise ValueError("expected a list of block names, or a string of one-character names")
+    return tuple(value)
 
 
 class FFNConfig(StrictModel):
@@ -122,7 +125,7 @@ class ModelConfig(StrictModel):
     d_model: PositiveInt
     num_layers: PositiveInt
     blocks: Annotated[dict[str, BlockConfig], Field(min_length=1)]
-    pattern: Annotated[tuple[str, ...], Tuple, CHARACTERS, Field(min_length=1)]
+    pattern: Annotated[tuple[str, ...], BeforeValidator(_names), Field(min_length=1)]
     embedding_scale: PositiveFloat = 1.0
     stack: StackConfig = StackConfig()
     head: HeadConfig = HeadConfig()
@@ -131,16 +134,7 @@ class ModelConfig(StrictModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":
-        problems = [
-            f"pattern: no block is called '{name}'; blocks: {', '.join(self.blocks)}"
-            for name in dict.fromkeys(self.pattern)
-            if name not in self.blocks
-        ]
-        if self.num_layers % len(self.pattern):
-            problems.append(
-                f"pattern: {len(self.pattern)} names do not divide num_layers={self.num_layers}; "
-                "list as many as there are layers, or a divisor of it"
-            )
+        problems = self._pattern_problems()
         for name, block in self.blocks.items():
             if block.mixer is not None:
                 where = f"blocks.{name}.mixer"
@@ -148,6 +142,25 @@ class ModelConfig(StrictModel):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _pattern_problems(self) -> list[str]:
+        count, unknown = len(self.pattern), [n for n in self.pattern if n not in self.blocks]
+        if unknown and "".join(self.pattern) in self.blocks:
+            name = "".join(self.pattern)
+            return [f"pattern: '{name}' is read as {count} one-character names; write [{name}]"]
+        problems = []
+        if unknown:
+            names = ", ".join(f"'{name}'" for name in dict.fromkeys(unknown))
+            problem = f"pattern: no block is called {names}; blocks: {', '.join(self.blocks)}"
+            if all(len(name) == 1 for name in self.pattern):
+                problem += "; a string is one block name a character, a list takes any names"
+            problems.append(problem)
+        if self.num_layers % count:
+            problems.append(
+                f"pattern: {count} names do not divide num_layers={self.num_layers}; "
+                "list as many as there are layers, or a divisor of it"
+            )
+        return problems
 
     @property
     def mixers(self) -> list[MixerConfig]:

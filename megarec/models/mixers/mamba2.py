@@ -88,7 +88,7 @@ class Mamba2Config(MixerConfig):
         conv, inner = sum(self.stream_widths().values()), self.inner()
         chunk = min(self.chunk_size, seq_len)
         linear = 2.0 * d_model * (2 * inner + conv + self.num_heads)
-        inside = chunk * (self.num_heads * self.state_dim + inner)
+        inside = chunk * (self.num_groups * self.state_dim + inner)
         across = 4.0 * inner * self.state_dim
         return linear + inside + across
 

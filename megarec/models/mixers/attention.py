@@ -179,11 +179,8 @@ class Attention(Mixer):
 
     def tp_plan(self) -> dict[str, str]:
         """Split by heads: projections by column, the out projection by row."""
-        return {
-            "[qkv].weight": "column",
-            "[qk]_norm.weight": "replicate",
-            "out_proj.weight": "row",
-        }
+        norms = {"[qk]_norm.weight": "replicate"} if self.config.qk_norm else {}
+        return {"[qkv].weight": "column", "out_proj.weight": "row"} | norms
 
     def hf_names(self) -> dict[str, str]:
         """Name the parameters as transformers' attention layers do."""

@@ -89,10 +89,8 @@ class LayeredTarget(Target):
             return problems
         if block.mixer.type not in self.keys:
             known = ", ".join(self.keys)
-            return [
-                *problems,
-                f"mixer.type={block.mixer.type}: the architecture has {known} only",
-            ]
+            line = f"mixer.type={block.mixer.type}: the architecture has {known} only"
+            return [*problems, line]
         return problems + [f"mixer.{line}" for line in self.mixer_obstacles(block.mixer, config)]
 
     def mixer_obstacles(self, mixer: MixerConfig, config: ModelConfig) -> list[str]:
@@ -103,11 +101,10 @@ class LayeredTarget(Target):
             for field, value in self.fixed[mixer.type].items()
             if shape[field] != value
         ]
-        eps = shape["norm_eps"] if "norm_eps" in self.keys[mixer.type] else config.norm.eps
-        if eps != config.norm.eps:
+        if "norm_eps" in self.keys[mixer.type] and shape["norm_eps"] != config.norm.eps:
             problems.append(
-                f"norm_eps={eps} differs from norm.eps={config.norm.eps}: the architecture has "
-                "one for both"
+                f"norm_eps={shape['norm_eps']} differs from norm.eps={config.norm.eps}: the "
+                "architecture has one for both"
             )
         rope = None if "rope" in self.fixed[mixer.type] else shape.get("rope")
         if rope is not None:

@@ -56,7 +56,8 @@ def test_there_and_back(tmp_path: Path) -> None:
     load_initial_weights(fresh, tmp_path / "imported")
     assert_same_weights(fresh, model)
 
-    convert("to-hf", "--checkpoint", tmp_path / "imported", "--out", tmp_path / "again")
+    again = ("--out", tmp_path / "again", "--model-type", "xlstm")
+    convert("to-hf", "--checkpoint", tmp_path / "imported", *again)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conversion.tiny_models import (
     ATTENTION,
+    EPS,
     LAYERED,
     MAMBA2,
     SWIGLU,
@@ -128,7 +129,8 @@ def foreign_config(name: str, **changes: Any) -> Any:
 
     common = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "pad_token_id": 0}
     common |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 40}
-    mamba = {"chunk_size": 8, "n_groups": 2}
+    common |= {"rms_norm_eps": EPS}
+    mamba = {"chunk_size": 8, "n_groups": 2, "layer_norm_epsilon": EPS}
     match name:
         case "nemotron_h":
             layers = ["linear_attention", "mlp", "full_attention", "linear_attention"]

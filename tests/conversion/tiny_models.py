@@ -31,8 +31,11 @@ def tiny_config(**changes: Any) -> ModelConfig:
     return ModelConfig.model_validate(tree)
 
 
+# Large, so that a wrong one shows.
+EPS = 0.01
 MAMBA2 = {
     "type": "mamba2",
+    "norm_eps": EPS,
     "num_heads": 8,
     "head_dim": 8,
     "state_dim": 16,
@@ -73,7 +76,7 @@ LAYERED: dict[str, dict[str, Any]] = {
 
 def layered_config(model_type: str, **changes: Any) -> ModelConfig:
     """A model section of LAYERED; keys of `changes` replace those of the top level."""
-    tree = {"vocab_size": 257, "d_model": 64, "norm": {"eps": 1e-5}} | LAYERED[model_type] | changes
+    tree = {"vocab_size": 257, "d_model": 64, "norm": {"eps": EPS}} | LAYERED[model_type] | changes
     return ModelConfig.model_validate({"num_layers": len(tree["pattern"])} | tree)
 
 

@@ -19,7 +19,8 @@ LAYERS = {
     "full_attention": "attention",
     "attention": "attention",
 }
-LISTED = {"mamba2": "linear_attention", "attention": "full_attention"}
+# transformers reads both; older ones, vLLM and llama.cpp these.
+LISTED = {"mamba2": "mamba", "attention": "attention"}
 
 
 class GraniteMoeHybridFile(RotaryKeys):
@@ -97,6 +98,7 @@ class GraniteMoeHybrid(LayeredTarget):
             "num_kv_heads": "num_key_value_heads",
             "head_dim": "head_dim",
             "max_seq_len": "max_position_embeddings",
+            "scale": "attention_multiplier",
         },
     }
     fixed = {"mamba2": {}, "attention": {"window": None, "qk_norm": False}}
@@ -132,8 +134,9 @@ class GraniteMoeHybrid(LayeredTarget):
         }
         attention = find_mixer(config, AttentionConfig)
         if attention is not None:
-            width = attention.head_width(config.d_model)
-            hf["attention_multiplier"] = attention.scale or width**-0.5
+            hf["attention_multiplier"] = (
+                attention.scale or attention.head_width(config.d_model) ** -0.5
+            )
             hf["position_embedding_type"] = None if attention.rope is None else "rope"
         if find_mixer(config, Mamba2Config) is None:
             # The class checks these even where it has no use for them.
@@ -144,8 +147,7 @@ class GraniteMoeHybrid(LayeredTarget):
         """Return the model section; see Target."""
         file = GraniteMoeHybridFile.model_validate(dict(hf))
         attention = self.mixer_tree("attention", file) | {
-            "rope": file.rope_parameters.tree() if file.position_embedding_type == "rope" else None,
-            "scale": file.attention_multiplier,
+            "rope": file.rope_parameters.tree() if file.position_embedding_type == "rope" else None
         }
         mamba2 = self.mixer_tree("mamba2", file) | {"head_dim": file.head_width()}
         block = {

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import torch
-
 from megarec.config.model import ModelConfig
 from megarec.config.schema import Config
-from megarec.models import Backbone, build_model
-from megarec.models.init import seed_from
+from megarec.models import Backbone
+from megarec.testing import case
 
 
 def model_tree(**changes: Any) -> dict[str, Any]:
@@ -29,13 +27,8 @@ def model_config(**changes: Any) -> ModelConfig:
 
 
 def random_model(config: ModelConfig | None = None, seed: int = 0) -> Backbone:
-    """Build a model whose every parameter is random, so that no gate or branch is shut."""
-    model = build_model(config or model_config(), seed=seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            generator = torch.Generator().manual_seed(seed_from(seed, name))
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    """Build a model, by default the tiny xLSTM, whose every parameter is random."""
+    return case.random_model(config or model_config(), seed)
 
 
 def run_config(name: str = "tiny", **sections: dict[str, Any]) -> Config:

@@ -20,6 +20,9 @@ from megarec.models.state import State
 DOCUMENTS = ((8, 12), (3, 1, 16))
 """Lengths of the documents in each row of a packed batch."""
 
+FLOAT32 = 1e-5
+"""By how much float32 results may differ that are the same but for rounding."""
+
 NUM_ROWS, NUM_TOKENS = len(DOCUMENTS), sum(DOCUMENTS[0])
 
 
@@ -56,8 +59,7 @@ class Case:
     Attributes:
         config: the model; the smaller the faster, with documents of 20 tokens in mind.
         tolerance: by how much results may differ beside rounding, relative to the largest one. 0
-            unless a mixer solves adaptively: then 10 times the tolerance of its solver. Where it
-            is not 0, results that must be the same bits need only be so close.
+            unless a mixer solves adaptively: then 10 times the tolerance of its solver.
     """
 
     config: ModelConfig
@@ -86,25 +88,15 @@ class Case:
         return Context(Context.from_doc_ids(doc_ids()).resets, exact="soft" in resets)
 
     def close(self, what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-        """Require that the largest error is at most `tolerance` times the largest value.
+        """Require what `close` does, with the case's own tolerance if it is larger."""
+        close(what, found, expected, max(tolerance, self.tolerance))
 
-        The case's own tolerance counts if it is larger. 0 asks for the same bits.
+    def same(self, what: str, found: Tensor, expected: Tensor) -> None:
+        """Require the same bits of float32 results, though not of a solver that is adaptive.
+
+        How often it iterates depends on all tokens: its results need only be close.
         """
-        tolerance = max(tolerance, self.tolerance)
-        found, expected = found.detach(), expected.detach()
-        for name in ("shape", "dtype"):
-            got, wanted = getattr(found, name), getattr(expected, name)
-            require(got == wanted, f"{what}: {name} {got}, expected {wanted}")
-        if tolerance == 0:
-            number = int((found != expected).sum())
-            message = f"{what}: {number} of {found.numel()} values differ; expected the same bits"
-            require(torch.equal(found, expected), message)
-        elif found.numel() > 0:
-            error = float((found.double() - expected.double()).abs().max())
-            scale = float(expected.double().abs().max())
-            # Not error > bound: this is False for a NaN.
-            message = f"{what}: off by {error:.1e}, the largest value being {scale:.1e}; "
-            require(error <= tolerance * scale, f"{message}expected {tolerance:.0e} of it")
+        close(what, found, expected, max(FLOAT32, self.tolerance) if self.tolerance > 0 else 0)
 
     def close_states(self, what: str, found: State, expected: State, tolerance: float) -> None:
         """Require that two states have the same keys, and are close in each."""
@@ -112,6 +104,27 @@ class Case:
         require(found.keys() == expected.keys(), keys)
         for key, value in expected.items():
             self.close(f"{what}: state {key}", found[key], value, tolerance)
+
+
+def close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Require that the largest error is at most `tolerance` times the largest value.
+
+    0 asks for the same bits. `what` begins the message.
+    """
+    found, expected = found.detach(), expected.detach()
+    for name in ("shape", "dtype"):
+        got, wanted = getattr(found, name), getattr(expected, name)
+        require(got == wanted, f"{what}: {name} {got}, expected {wanted}")
+    if tolerance == 0:
+        number = int((found != expected).sum())
+        message = f"{what}: {number} of {found.numel()} values differ; expected the same bits"
+        require(torch.equal(found, expected), message)
+    elif found.numel() > 0:
+        error = float((found.double() - expected.double()).abs().max())
+        scale = float(expected.double().abs().max())
+        message = f"{what}: off by {error:.1e}, the largest value being {scale:.1e}"
+        # Not the other way round: a NaN must fail.
+        require(error <= tolerance * scale, f"{message}; expected {tolerance:.0e} of it")
 
 
 def doc_ids() -> Tensor:

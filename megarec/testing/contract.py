@@ -13,8 +13,8 @@ In the tests of a package that brings a mixer of its own:
     def test_my_mixer(check: str) -> None:
         CHECKS[check](Case(small_model(MIXER)))
 
-Choose sizes that are small but not 1, chunks shorter than 20 tokens, and several cases if options
-change what is computed. A case takes about a second.
+Choose sizes that are small but not 1, chunks of 4 to 16 tokens (powers of 2), and a case for each
+option that changes what is computed. A case takes about a second.
 """
 
 from collections.abc import Callable

@@ -8,9 +8,11 @@ from megarec.models.backbone import Backbone
 from megarec.models.context import Context
 from megarec.models.state import State
 from megarec.testing.case import (
+    FLOAT32,
     NUM_ROWS,
     NUM_TOKENS,
     Case,
+    close,
     doc_ids,
     documents,
     kernels,
@@ -32,8 +34,8 @@ def steps(case: Case) -> None:
     model, ids = case.model().double(), case.ids()
     logits, state = model(ids, return_state=True)
     expected_logits, expected = run_steps(model, ids, model.init_state(NUM_ROWS))
-    case.close("forward against a loop of step: logits", logits, expected_logits, 1e-9)
-    case.close_states("forward against a loop of step", state, expected, 1e-9)
+    case.close("forward against a loop of step: logits", logits, expected_logits, 1e-10)
+    case.close_states("forward against a loop of step", state, expected, 1e-10)
 
 
 @torch.no_grad()
@@ -48,15 +50,15 @@ def chunks(case: Case) -> None:
         for cuts in CUTS:
             logits, state = _in_pieces(model, ids, ctx, cuts)
             what = f"{name} cut at {cuts} against the whole"
-            case.close(f"{what}: logits", logits, whole, 1e-9)
-            case.close_states(what, state, expected, 1e-9)
+            case.close(f"{what}: logits", logits, whole, 1e-10)
+            case.close_states(what, state, expected, 1e-10)
 
 
 @torch.no_grad()
 def packed(case: Case) -> None:
     """Packed documents equal each document alone."""
     ids = case.ids()
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, FLOAT32)):
         model = case.model().to(dtype)
         logits = model(ids, ctx=case.packed())
         for row, piece in documents():
@@ -78,9 +80,9 @@ def isolation(case: Case) -> None:
         other_logits, state = model(other, ctx=ctx, return_state=True)
         other_decoded, _ = run_steps(model, after, state)
         what = f"the documents before number {first} changed:"
-        case.close(f"{what} logits after them", other_logits[later_BT], logits[later_BT], 0)
+        case.same(f"{what} logits after them", other_logits[later_BT], logits[later_BT])
         rows_B = later_BT[:, -1]
-        case.close(f"{what} logits of steps", other_decoded[rows_B], decoded[rows_B], 0)
+        case.same(f"{what} logits of steps", other_decoded[rows_B], decoded[rows_B])
 
 
 @torch.no_grad()
@@ -96,8 +98,8 @@ def padding(case: Case) -> None:
             alone, state = model(ids[row : row + 1, -length:], return_state=True)
             expected, _ = run_steps(model, after[row : row + 1], state)
             what = f"a prompt of {length} tokens, padded and cut at {cuts} or alone"
-            case.close(f"{what}: logits", logits[row, -length:], alone[0], 1e-9)
-            case.close(f"{what}: logits of steps after it", decoded[row], expected[0], 1e-9)
+            case.close(f"{what}: logits", logits[row, -length:], alone[0], 1e-10)
+            case.close(f"{what}: logits of steps after it", decoded[row], expected[0], 1e-10)
 
 
 @torch.no_grad()
@@ -108,7 +110,7 @@ def causality(case: Case) -> None:
     for cut in (1, 8, 13, NUM_TOKENS - 1):
         other = case.other_ids(ids, torch.arange(NUM_TOKENS) >= cut)
         what = f"tokens from {cut} on changed: logits before them"
-        case.close(what, model(other)[:, :cut], logits[:, :cut], 0)
+        case.same(what, model(other)[:, :cut], logits[:, :cut])
 
 
 def gradients(case: Case) -> None:
@@ -133,8 +135,8 @@ def gradients(case: Case) -> None:
     loss_in_pieces = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     narrow = case.model()
     for what, found_model, loss, tolerance in (
-        ("float64", model, model(ids, labels, ctx=ctx)[0], 1e-9),
-        ("float64, state carried from piece to piece", model, loss_in_pieces, 1e-9),
+        ("float64", model, model(ids, labels, ctx=ctx)[0], 1e-10),
+        ("float64, state carried from piece to piece", model, loss_in_pieces, 1e-10),
         ("float32", narrow, narrow(ids, labels, ctx=ctx)[0], 2e-4),
     ):
         case.close(f"{what}: loss", loss.double(), expected_loss, tolerance)
@@ -149,7 +151,7 @@ def recomputation(case: Case) -> None:
     for _, block in model.layers():
         block.recompute = True
     for name, gradient in _gradients(model, model(ids, labels, ctx=ctx)[0]).items():
-        case.close(f"recomputed: gradient of {name}", gradient, expected[name], 0)
+        close(f"recomputed: gradient of {name}", gradient, expected[name], 0)
 
 
 @torch.no_grad()

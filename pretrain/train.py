@@ -55,7 +55,7 @@ def train(args: argparse.Namespace, is_main: bool) -> int:
         if is_main:
             print(describe(config, int(os.environ.get("WORLD_SIZE", 1))))
         return 0
-    except (UserError, RunError) as error:
+    except (UserError, RunError, ArithmeticError) as error:
         if os.environ.get("MEGAREC_DEBUG") == "1":
             raise
         if is_main:

@@ -56,6 +56,8 @@ class Registered(StrictModel):
             cls.members = {}
             return
         tag = cls.model_fields["type"].default
+        if not isinstance(tag, str):
+            return  # A base that members share, not a member.
         other = cls.members.get(tag)
         if other is not None and other.__qualname__ != cls.__qualname__:
             raise TypeError(f"two {cls.kind}s are registered as '{tag}': {other} and {cls}")

@@ -48,23 +48,28 @@ class BlockConfig(StrictModel):
     """One kind of block: x += s * mixer(norm(x)), then x += s * ffn(norm(x)).
 
     Either may be missing, as in Nemotron-H, whose every layer holds one of the two.
-    `residual_scale` is s.
+    `residual_scale` is s. `learned_skip` multiplies the x that the mixer's output is added to by
+    a learned weight a channel, at first 1 (ParaRNN, arXiv 2510.21450, App. C.1).
     """
 
     mixer: SerializeAsAny[MixerConfig] | None = None
     ffn: FFNConfig | None = None
     residual_scale: PositiveFloat = 1.0
+    learned_skip: bool = False
 
     @model_validator(mode="after")
     def _not_empty(self) -> "BlockConfig":
         if self.mixer is None and self.ffn is None:
             raise ValueError("a block needs a mixer, an ffn or both")
+        if self.mixer is None and self.learned_skip:
+            raise ValueError("learned_skip=true: the block has no mixer to skip")
         return self
 
     def num_params(self, d_model: int) -> int:
         """Return the number of parameters, norms included."""
         parts = [part for part in (self.mixer, self.ffn) if part is not None]
-        return sum(d_model + part.num_params(d_model) for part in parts)
+        skip = d_model if self.learned_skip else 0
+        return skip + sum(d_model + part.num_params(d_model) for part in parts)
 
     def flops_per_token(self, d_model: int, seq_len: int) -> float:
         """Return the FLOPs of the forward pass, per token (norms are not counted)."""

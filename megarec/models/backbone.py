@@ -82,7 +82,10 @@ class Backbone(nn.Module):
         after: State = {}
         for name, block in self.layers():
             prefix = f"blocks.{name}."
-            x_BTD, block_state = block(x_BTD, ctx, sub_state(state, prefix))
+            try:
+                x_BTD, block_state = block(x_BTD, ctx, sub_state(state, prefix))
+            except ArithmeticError as error:
+                raise type(error)(f"layer {name}: {error}") from error
             after |= prefixed(block_state, prefix)
         return self.norm(x_BTD), after
 
@@ -108,6 +111,20 @@ class Backbone(nn.Module):
         for name, block in self.layers():
             state |= prefixed(block.init_state(batch_size, device), f"blocks.{name}.")
         return state
+
+    def constrain_(self) -> None:
+        """Bring parameters back to where they must be; called after each optimizer step."""
+        for _, block in self.layers():
+            if block.mixer is not None:
+                block.mixer.constrain_()
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the mixers log since the last call, the largest of the layers."""
+        largest: dict[str, float] = {}
+        for _, block in self.layers():
+            for name, value in ({} if block.mixer is None else block.mixer.metrics()).items():
+                largest[name] = max(value, largest.get(name, value))
+        return largest
 
     @torch.no_grad()
     def init_weights(self, seed: int, assign: Assign = assign_whole) -> None:

@@ -9,7 +9,7 @@ from megarec.models.context import Context
 from megarec.models.ffn import FFN
 from megarec.models.init import Initializer
 from megarec.models.mixer import Mixer
-from megarec.models.norm import RMSNorm
+from megarec.models.norm import RMSNorm, Scale
 from megarec.models.state import State
 
 
@@ -26,6 +26,7 @@ class Block(nn.Module):
         self.residual_scale = config.residual_scale
         self.mixer: Mixer | None = None
         self.ffn: FFN | None = None
+        self.skip = Scale(d_model) if config.learned_skip else None
         if config.mixer is not None:
             self.mixer_norm = RMSNorm(d_model, norm.eps)
             self.mixer = config.mixer.build(d_model)
@@ -45,7 +46,7 @@ class Block(nn.Module):
         after: State = {}
         if self.mixer is not None:
             y_BTD, after = self.mixer(self.mixer_norm(x_BTD), ctx, state)
-            x_BTD = self._add(x_BTD, y_BTD)
+            x_BTD = self._add(x_BTD if self.skip is None else self.skip(x_BTD), y_BTD)
         return self._feed_forward(x_BTD), after
 
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
@@ -53,7 +54,7 @@ class Block(nn.Module):
         after: State = {}
         if self.mixer is not None:
             y_BD, after = self.mixer.step(self.mixer_norm(x_BD), state)
-            x_BD = self._add(x_BD, y_BD)
+            x_BD = self._add(x_BD if self.skip is None else self.skip(x_BD), y_BD)
         return self._feed_forward(x_BD), after
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -77,6 +78,8 @@ class Block(nn.Module):
         if self.mixer is not None:
             self.mixer_norm.init_weights(init)
             self.mixer.init_weights(init)
+        if self.skip is not None:
+            self.skip.init_weights(init)
         if self.ffn is not None:
             self.ffn_norm.init_weights(init)
             self.ffn.init_weights(init)

@@ -9,6 +9,7 @@ from torch import Tensor
 from megarec.config.model import ModelConfig
 
 Assign = Callable[[Tensor, Tensor], None]
+Then = Callable[[Tensor], Tensor]
 
 
 def seed_from(*parts: object) -> int:
@@ -20,6 +21,10 @@ def seed_from(*parts: object) -> int:
 def assign_whole(parameter: Tensor, whole: Tensor) -> None:
     """Write a whole tensor into a parameter that is not sharded."""
     parameter.copy_(whole)
+
+
+def _as_drawn(drawn: Tensor) -> Tensor:
+    return drawn
 
 
 class Initializer:
@@ -44,18 +49,13 @@ class Initializer:
         self._seed = seed
         self._assign = assign
 
-    def normal(self, parameter: Tensor, std: float) -> None:
-        """Draw from N(0, std^2), not truncated."""
+    def normal(self, parameter: Tensor, std: float, then: Then = _as_drawn) -> None:
+        """Draw from N(0, std^2), not truncated, then apply a function."""
         whole = torch.empty(parameter.shape)
-        self.values(parameter, whole.normal_(0.0, std, generator=self._generator(parameter)))
+        whole.normal_(0.0, std, generator=self._generator(parameter))
+        self.values(parameter, then(whole))
 
-    def uniform(
-        self,
-        parameter: Tensor,
-        low: float,
-        high: float,
-        then: Callable[[Tensor], Tensor] = lambda drawn: drawn,
-    ) -> None:
+    def uniform(self, parameter: Tensor, low: float, high: float, then: Then = _as_drawn) -> None:
         """Draw from U(low, high), then apply a function."""
         whole = torch.empty(parameter.shape)
         whole.uniform_(low, high, generator=self._generator(parameter))

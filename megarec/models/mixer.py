@@ -46,6 +46,16 @@ class Mixer(nn.Module):
     def init_weights(self, init: Initializer) -> None:
         """Write the initial value of every parameter."""
 
+    def constrain_(self) -> None:
+        """Bring parameters back to where they must be; called after each optimizer step.
+
+        They may be sharded: what is done must be elementwise.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers for the log, gathered since the last call; the largest counts."""
+        return {}
+
     @abstractmethod
     def tp_plan(self) -> dict[str, str]:
         """Return {parameter glob: column | row | head | replicate} for tensor parallelism."""

@@ -25,6 +25,22 @@ class RMSNorm(nn.Module):
         init.constant(self.weight, 1.0)
 
 
+class Scale(nn.Module):
+    """x * weight, a weight a channel."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale x (..., dim)."""
+        return x * self.weight
+
+    def init_weights(self, init: Initializer) -> None:
+        """Start with scale 1."""
+        init.constant(self.weight, 1.0)
+
+
 class HeadLayerNorm(nn.Module):
     """LayerNorm over each head's channels, one weight a channel, no bias.
 

@@ -49,9 +49,16 @@ class Environment:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Add up numbers over all ranks, in float64; every rank gets the same bits."""
-        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
-        return totals.tolist()
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """Return the largest of each number over all ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(numbers, operation)
+        return numbers.tolist()
 
     def ranks_where(self, flag: bool) -> list[int]:
         """Return the ranks whose flag is set, on every rank."""

@@ -129,6 +129,9 @@ class Trainer:
             self._poison_gradients()
         terms = dict(zip(local, self.env.sum(list(local.values())), strict=True))
         loss = terms.pop("loss")
+        metrics = self.model.metrics()
+        if metrics:
+            metrics = dict(zip(metrics, self.env.max(list(metrics.values())), strict=True))
         norm = gradient_norm(self.model).item()
         fault("before_optim", state.step)
         lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.steps)
@@ -149,6 +152,7 @@ class Trainer:
             "step": state.step,
             "loss": loss,
             **terms,
+            **metrics,
             "bits_per_byte": cross_entropy / math.log(2) / self.dataset.bytes_per_token
             if self.dataset.bytes_per_token
             else None,
@@ -190,6 +194,7 @@ class Trainer:
             clip_gradients(self.model, norm, self.config.optimizer.grad_clip)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
+        self.model.constrain_()
         self.state.skipped_in_a_row = 0
 
     def _skip_or_stop(self, loss: float, norm: float, ranks: list[int]) -> None:

@@ -4,7 +4,6 @@ import math
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from megarec_kernels.causal_conv1d import causal_conv1d
 from megarec_kernels.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from megarec.config.base import NonNegativeFloat, Pair, PositiveFloat, PositiveInt, Tuple
 from megarec.config.mixer import MixerConfig
 from megarec.models.context import Context
+from megarec.models.conv import CausalConv
 from megarec.models.init import Initializer
 from megarec.models.mixer import Mixer
 from megarec.models.norm import GatedGroupRMSNorm
@@ -100,30 +100,6 @@ class Mamba2Config(MixerConfig):
     def build(self, d_model: int) -> "Mamba2":
         """Build the module."""
         return Mamba2(self, d_model)
-
-
-class CausalConv(nn.Module):
-    """Depthwise causal convolution and SiLU; the weight is laid out as nn.Conv1d's."""
-
-    def __init__(self, channels: int, kernel: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
-        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-
-    def forward(
-        self, x_BTC: Tensor, resets: Tensor | None, tail: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the convolved sequence and the tail; see causal_conv1d."""
-        return causal_conv1d(
-            x_BTC, self.weight[:, 0], self.bias, resets=resets, tail=tail, activation="silu"
-        )
-
-    def init_weights(self, init: Initializer) -> None:
-        """Draw as nn.Conv1d does: uniformly within 1 / sqrt(kernel)."""
-        bound = self.weight.shape[-1] ** -0.5
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                init.uniform(parameter, -bound, bound)
 
 
 class Dynamics(nn.Module):
@@ -251,9 +227,8 @@ class Mamba2(Mixer):
             dtype=torch.promote_types(self.dynamics.A_log.dtype, torch.float32),
             device=device,
         )
-        for name, width in config.stream_widths().items():
-            shape = (batch_size, config.conv_kernel - 1, width)
-            state[f"conv_{name}"] = torch.zeros(shape, dtype=self.z.weight.dtype, device=device)
+        for name, conv in self.conv.items():
+            state[f"conv_{name}"] = cast(CausalConv, conv).init_state(batch_size, device)
         return state
 
     def init_weights(self, init: Initializer) -> None:

@@ -8,7 +8,7 @@ from megarec.errors import UserError
 from megarec.models.backbone import Backbone
 from megarec.parallel.plan import plan
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -31,13 +31,12 @@ def describe(config: Config, world_size: int) -> str:
             "num_params() of a mixer is wrong"
         )
     train = config.train
-    state = config.model.state_bytes(train.seq_len)
     axes = " x ".join(f"{axis} {size}" for axis, size in sizes.axes.items())
     memory = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in sizes.memory_bytes.items())
     lines = [
         f"parameters: {sizes.num_params:,}",
         f"FLOPs per token: {sizes.flops_per_token / 1e9:.4g} GFLOP (forward and backward)",
-        f"decoding state: {state / 2**20:.2f} MiB a sequence (float32)",
+        f"decoding state: {_decoding_state(config)} (float32)",
         f"processes: {world_size} ({axes})",
         f"memory per rank: about {sum(sizes.memory_bytes.values()) / GIB:.2f} GiB ({memory})",
         f"batch: {train.global_batch_size} samples x {train.seq_len} tokens = "
@@ -49,3 +48,11 @@ def describe(config: Config, world_size: int) -> str:
         yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(),
     ]
     return "\n".join(lines)
+
+
+def _decoding_state(config: Config) -> str:
+    """Give the size of one sequence's state, and at which length if it grows as attention's."""
+    length = config.train.seq_len
+    first, last = (config.model.state_bytes(tokens) / MIB for tokens in (0, length))
+    size = f"{last:.2f} MiB a sequence"
+    return size if first == last else f"{size} of {length:,} tokens, {first:.2f} MiB at its start"

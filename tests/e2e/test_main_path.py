@@ -1,74 +1,23 @@
 """The main path with real commands: from text to a release, with a SIGTERM on the way."""
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from commands import Commands
 
-ROOT = Path(__file__).parents[2]
-TEXT = ROOT / "data_prep/sample/shakespeare.txt"
 CONFIG = "tiny/xlstm.yaml"
-PROMPTS = ["ROMEO.", "The king"]
-
-
-class Commands:
-    """Runs this repository's commands in a folder, as a user would."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        bin_folder = Path(sys.executable).parent
-        self.env = os.environ | {
-            "PATH": f"{bin_folder}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-
-    def popen(self, *words: object, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(word) for word in words],
-            cwd=self.folder,
-            env=self.env | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def __call__(self, *words: object, code: int = 0, **environment: str) -> str:
-        process = self.popen(*words, **environment)
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == code, output
-        return output
-
-    def python(self, script: str, *words: object, code: int = 0, **environment: str) -> str:
-        return self(sys.executable, ROOT / script, *words, code=code, **environment)
-
-    def torchrun(self, *words: object) -> subprocess.Popen[str]:
-        options = ("--standalone", "--nproc-per-node", 2, "--", "--config", CONFIG)
-        return self.popen(ROOT / "launch/torchrun.sh", *options, *words)
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
-    commands = Commands(tmp_path_factory.mktemp("main path"))
-    (commands.folder / "text.txt").write_text(TEXT.read_text()[:120_000])
-    commands.python(
-        "data_prep/tokenize.py", "text.txt", "--tokenizer", "byte", "--holdout", 0.05,
-        "--out", "data/tiny",
-    )  # fmt: skip
-    return commands
 
 
 @pytest.fixture(scope="module")
 def run_folder(commands: Commands) -> Path:
     """Train on two ranks, with a SIGTERM to the launcher on the way."""
     run = commands.folder / "runs/tiny_xlstm"
-    first = commands.torchrun()
+    first = commands.torchrun(CONFIG)
     wait_for_step(run / "metrics.jsonl", 2, first)
     first.send_signal(signal.SIGTERM)
     output, _ = first.communicate(timeout=120)
@@ -76,7 +25,7 @@ def run_folder(commands: Commands) -> Path:
     # Between the signal and the flag the run may have ended on a very slow machine.
     assert (first.returncode, stopped["state"]) == (75, "preempted"), output
     assert 2 <= stopped["step"] < 12
-    second = commands.torchrun()
+    second = commands.torchrun(CONFIG)
     output, _ = second.communicate(timeout=120)
     assert second.returncode == 0, output
     return run
@@ -106,28 +55,10 @@ def test_release_loads_in_plain_transformers(commands: Commands, run_folder: Pat
     commands.python("tools/convert.py", "to-hf", "--checkpoint", run_folder, "--out", export)
     card = (export / "README.md").read_text()
     assert "tiny_xlstm" in card and "loss.png" in card
-    # A process of its own, which must not need megarec.
-    script = """
-import json, sys
-sys.modules["megarec"] = None
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, *prompts = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-texts = []
-for prompt in prompts:
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    texts.append(tokenizer.decode(model.generate(ids, max_new_tokens=24, do_sample=False)[0]))
-print(json.dumps([type(model).__name__, texts]))
-"""
-    output = commands(sys.executable, "-c", script, export, *PROMPTS)
-    name, texts = json.loads(output.splitlines()[-1])
+    ((name, texts),) = commands.generate_with_transformers(export)
     assert name == "xLSTMForCausalLM"
-    words = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    options = ("--temperature", 0, "--max-new-tokens", 24)
     for checkpoint in (run_folder, export):
-        ours = commands.python("pretrain/generate.py", "--checkpoint", checkpoint, *words, *options)
-        assert ours.split("\n" + "-" * 40 + "\n")[:2] == texts
+        assert commands.generate(checkpoint) == texts
 
 
 def test_evaluate_gives_the_loss_of_training(commands: Commands, run_folder: Path) -> None:

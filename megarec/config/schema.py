@@ -88,12 +88,14 @@ class ScheduleConfig(StrictModel):
     type: Literal["cosine", "exponential", "wsd", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     cooldown_steps: NonNegativeInt = 0
-    final_lr_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1
+    final_lr_ratio: Fraction = 0.1
 
     @model_validator(mode="after")
-    def _wsd_decays(self) -> "ScheduleConfig":
+    def _fits_the_type(self) -> "ScheduleConfig":
         if self.type == "wsd" and self.cooldown_steps == 0:
             raise ValueError("wsd needs cooldown_steps > 0; 'constant' has no cool-down")
+        if self.type == "exponential" and self.final_lr_ratio == 0:
+            raise ValueError("exponential never reaches final_lr_ratio=0; give a ratio above 0")
         return self
 
 

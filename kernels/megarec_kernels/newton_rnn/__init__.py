@@ -68,7 +68,8 @@ def newton_rnn(
         h_BTKD = walk(cell, u_BTVD, wide, state_BKD, resets)
     else:
         h_BTKD = newton_rnn_eager(cell, u_BTVD, wide, state_BKD, resets, solver or Solver(), report)
-    return h_BTKD, h_BTKD[:, -1], report
+    # A copy, so that whoever keeps the state does not keep the whole sequence.
+    return h_BTKD, h_BTKD[:, -1].clone(), report
 
 
 def _check(cell: Cell, u: Tensor, state: Tensor | None, resets: Tensor | None) -> None:

@@ -228,7 +228,8 @@ def uncompiled_flex(monkeypatch):
     On a CPU torch refuses to differentiate it, by a check alone: the dense form works anywhere.
     """
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    # Not even the tracing that torch does otherwise, anew for every shape.
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
     return torch_flex.flex_attention
 
 

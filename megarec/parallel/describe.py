@@ -33,6 +33,13 @@ def describe(config: Config, world_size: int) -> str:
     train = config.train
     axes = " x ".join(f"{axis} {size}" for axis, size in sizes.axes.items())
     memory = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in sizes.memory_bytes.items())
+    teacher = (
+        []
+        if config.distill is None
+        else [
+            f"teacher: {config.distill.teacher} (sharded alike; its memory and FLOPs are not counted)"
+        ]
+    )
     lines = [
         f"parameters: {sizes.num_params:,}",
         f"FLOPs per token: {sizes.flops_per_token / 1e9:.4g} GFLOP (forward and backward)",
@@ -44,6 +51,7 @@ def describe(config: Config, world_size: int) -> str:
         f"steps: {train.steps:,}",
         f"tokens: {train.steps * sizes.tokens_per_step:,}",
         f"training FLOPs: {train.steps * sizes.tokens_per_step * sizes.flops_per_token:.3e}",
+        *teacher,
         "",
         yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(),
     ]

@@ -21,7 +21,7 @@ class SyntheticSource:
 
     def sample(self, index: int) -> Sample:
         """Return one sequence."""
-        return _sample(self.task, self.seed * SEEDS_PER_RUN + index, "train", self.seq_len)
+        return draw_sample(self.task, self.seed * SEEDS_PER_RUN + index, "train", self.seq_len)
 
 
 class SyntheticEvalSource:
@@ -40,9 +40,10 @@ class SyntheticEvalSource:
 
     def sample(self, index: int) -> Sample:
         """Return one sequence."""
-        return _sample(self.task, index, "valid", self.seq_len)
+        return draw_sample(self.task, index, "valid", self.seq_len)
 
 
-def _sample(task: Task, seed: int, split: Split, seq_len: int) -> Sample:
+def draw_sample(task: Task, seed: int, split: Split, seq_len: int) -> Sample:
+    """Return a sequence of a task as one document."""
     drawn = task(seed, split, seq_len)
     return Sample(drawn["input_ids"], drawn["labels"], np.zeros(seq_len, dtype=np.int32))

@@ -17,11 +17,18 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=300)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the modeling file that the export carries (read it first)",
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    model = AutoModelForCausalLM.from_pretrained(args.folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.folder, trust_remote_code=args.trust_remote_code
+    ).eval()
     inputs = tokenizer(args.prompt, return_tensors="pt")
     ids = model.generate(
         inputs["input_ids"],

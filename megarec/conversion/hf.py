@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from megarec.models.backbone import Backbone
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+MODELING = Path(__file__).parent / "modeling"
+"""The modeling files of targets that transformers has no class for."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,8 @@ def export_hf(
 ) -> None:
     """Write a model that transformers loads without megarec: weights, configs, tokenizer, card.
 
-    The folder appears whole or not at all. Tensors keep their dtype, bit by bit.
+    Where transformers has no class for the model, the folder carries its modeling file, too. It
+    appears whole or not at all. Tensors keep their dtype, bit by bit.
 
     Args:
         model: whole (not sharded).
@@ -87,6 +91,8 @@ def export_hf(
         save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size)
         _write_json(temporary / CONFIG, config)
         _write_json(temporary / "generation_config.json", generation)
+        if target.modeling_file is not None:
+            shutil.copyfile(MODELING / target.modeling_file, temporary / target.modeling_file)
         if tokenizer is not None:
             add_bos = None if record is None else record.config.data.bos == "eod"
             write_tokenizer(temporary, tokenizer, add_bos=add_bos)
@@ -95,6 +101,7 @@ def export_hf(
             title=folder.resolve().name if record is None else record.config.name,
             config=model.config,
             model_type=target.model_type,
+            modeling_file=target.modeling_file,
             license=license,
             notes=notes,
             has_tokenizer=tokenizer is not None,
@@ -103,7 +110,7 @@ def export_hf(
 
 
 def import_hf(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read a model from a folder in Hugging Face format.
+    """Read a model from a folder in Hugging Face format; code that it may hold is never run.
 
     Returns:
         The model section, and the tensors by own parameter name. They keep their dtype and are
@@ -121,6 +128,8 @@ def import_hf(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
         config = target.import_config(hf)
     except ValidationError as error:
         raise UserError(*config_errors(error, hf, ModelConfig, str(path))) from None
+    except UserError as error:
+        raise UserError(*(f"{path}: {line}" for line in error.lines)) from None
     tensors = target.import_tensors(config, _read_tensors(folder))
     with torch.device("meta"):
         check_tensors(str(folder), tensors, Backbone(config).state_dict())

@@ -13,7 +13,7 @@ from megarec.conversion.config_file import (
     rope_keys,
     rope_obstacles,
 )
-from megarec.conversion.target import Target, scale_obstacles
+from megarec.conversion.target import Target, scale_obstacles, skip_obstacles
 from megarec.models.mixers.attention import AttentionConfig
 from megarec.models.mixers.mamba2 import Mamba2Config
 
@@ -87,6 +87,7 @@ class LayeredTarget(Target):
             problems.append(f"ffn.type={block.ffn.type}: the architecture has {known} only")
         if block.mixer is None:
             return problems
+        problems += skip_obstacles(block)
         if block.mixer.type not in self.keys:
             known = ", ".join(self.keys)
             line = f"mixer.type={block.mixer.type}: the architecture has {known} only"

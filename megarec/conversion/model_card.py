@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "."  # this folder, or its name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path{options})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 output_ids = model.generate(**inputs, max_new_tokens=100)
 print(tokenizer.decode(output_ids[0], skip_special_tokens=True))
@@ -30,8 +30,13 @@ print(tokenizer.decode(output_ids[0], skip_special_tokens=True))
 LOAD_ALONE = """\
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(".")  # this folder, or its name on the Hub
+path = "."  # this folder, or its name on the Hub
+model = AutoModelForCausalLM.from_pretrained(path{options})
 """
+SECURITY = (
+    "`trust_remote_code=True` runs `{file}` of this folder on your machine: read it first, as you "
+    "would any program (megarec imports the folder without it)."
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def write_model_card(
     title: str,
     config: ModelConfig,
     model_type: str,
+    modeling_file: str | None,
     license: str,
     notes: list[str],
     has_tokenizer: bool,
@@ -85,6 +91,7 @@ def write_model_card(
         title: first heading.
         config: of the model.
         model_type: of transformers.
+        modeling_file: that the export carries, if transformers has no class for it.
         license: identifier of the Hub.
         notes: sentences on what users must know.
         has_tokenizer: the export has one.
@@ -96,12 +103,19 @@ def write_model_card(
         "pipeline_tag": "text-generation",
         "tags": ["megarec", model_type],
     }
+    load = LOAD_WITH_TOKENIZER if has_tokenizer else LOAD_ALONE
+    code, security, options = f"the `{model_type}` class of transformers", "", ""
+    if modeling_file is not None:
+        code = f"transformers with a modeling file of its own, `{modeling_file}`"
+        security = SECURITY.format(file=modeling_file)
+        options = ", trust_remote_code=True"
     parts = [
         f"---\n{_yaml(front_matter)}---",
         f"# {title}",
-        f"A language model of {config.num_params():,} parameters for the `{model_type}` "
-        f"class of transformers, written by megarec {megarec.__version__}.",
-        f"## Use\n\n```python\n{LOAD_WITH_TOKENIZER if has_tokenizer else LOAD_ALONE}```",
+        f"A language model of {config.num_params():,} parameters for {code}, written by megarec "
+        f"{megarec.__version__}.",
+        f"## Use\n\n```python\n{load.format(options=options)}```",
+        security,
         "\n".join(f"- {note}" for note in notes),
         f"## Architecture\n\n{_table(_sizes(config))}",
     ]

@@ -32,6 +32,9 @@ class Target(ABC):
         mixers: type of mixer -> prefix of its parameters in a layer there, for all that it has.
         old_prefixes: beginnings of names in older files -> what they are now.
         unused: endings of names in older files that mean nothing.
+        modeling_file: name of a file in ``megarec/conversion/modeling`` that exports carry, where
+            transformers has no class of its own. It is plain source for users: megarec copies it
+            and never runs it. Such targets subclass ``OwnTarget``.
     """
 
     model_type: ClassVar[str]
@@ -43,6 +46,7 @@ class Target(ABC):
     mixers: ClassVar[dict[str, str]]
     old_prefixes: ClassVar[dict[str, str]] = {}
     unused: ClassVar[tuple[str, ...]] = ()
+    modeling_file: ClassVar[str | None] = None
     members: ClassVar[dict[str, type["Target"]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -64,6 +68,7 @@ class Target(ABC):
 
         Raises:
             ValidationError: pydantic's, with every key that megarec cannot represent.
+            UserError: a model that the architecture cannot represent.
         """
 
     def notes(self, config: ModelConfig) -> list[str]:
@@ -168,6 +173,12 @@ def scale_obstacles(config: ModelConfig) -> list[str]:
         for key, value in factors.items()
         if value != 1
     ]
+
+
+def skip_obstacles(block: BlockConfig) -> list[str]:
+    """Name the learned skip of a block, for an architecture that has none."""
+    skip = "learned_skip=true: the architecture adds to x as it is, without a weight a channel"
+    return [skip] if block.learned_skip else []
 
 
 def target_for_export(config: ModelConfig, model_type: str | None = None) -> Target:

@@ -9,7 +9,7 @@ from torch import Tensor
 from megarec.config.base import PositiveFloat, PositiveInt
 from megarec.config.model import BlockConfig, ModelConfig
 from megarec.conversion.config_file import ConfigFile
-from megarec.conversion.target import Target, scale_obstacles
+from megarec.conversion.target import Target, scale_obstacles, skip_obstacles
 from megarec.models.mixers.mlstm import MLSTMConfig
 
 CELL_EPS = 1e-6
@@ -184,7 +184,7 @@ class XLSTM(Target):
 
 def _block_obstacles(block: BlockConfig, config: ModelConfig) -> list[str]:
     mixer = block.mixer
-    problems = []
+    problems = skip_obstacles(block)
     if mixer is None:
         problems.append("mixer=null: every block of the architecture has one")
     elif not isinstance(mixer, MLSTMConfig):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megarec.errors import UserError
 from megarec.train.hooks import Hook
 from megarec.train.hooks.jsonl import read_metrics
 
@@ -60,6 +61,47 @@ def plot_loss(metrics: dict[str, Path], out: Path) -> None:
     axes.grid(alpha=0.3)
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def plot_metrics(metrics: dict[str, Path], names: list[str], out: Path) -> None:
+    """Draw metrics of runs (name -> metrics.jsonl) over the steps to a PNG, one below the other.
+
+    An axis is logarithmic where the values span more than two decades.
+
+    Raises:
+        UserError: no run has logged a metric; the message names those that are there.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = {name: read_metrics(path) for name, path in metrics.items()}
+    known = sorted({key for records in runs.values() for record in records for key in record})
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(
+            *(f"metric '{name}': not logged; there are {', '.join(known)}" for name in unknown)
+        )
+    figure, rows = plt.subplots(
+        len(names), figsize=(8, 1 + 3 * len(names)), sharex=True, squeeze=False
+    )
+    for name, axes in zip(names, rows[:, 0], strict=True):
+        drawn: list[float] = []
+        for run, records in runs.items():
+            points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=run, linewidth=0.9)
+                drawn += [value for _, value in points]
+        if drawn and min(drawn) > 0 and max(drawn) > 100 * min(drawn):
+            axes.set_yscale("log")
+        axes.set_ylabel(name)
+        axes.legend()
+        axes.grid(alpha=0.3)
+    rows[-1, 0].set_xlabel("step")
+    figure.tight_layout()
     figure.savefig(out, dpi=120)
     plt.close(figure)
 

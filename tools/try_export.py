@@ -1,7 +1,9 @@
 """Load an export with plain transformers, as its users will, and print a sample of text."""
 
 import argparse
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -23,12 +25,18 @@ def main() -> None:
         help="run the modeling file that the export carries (read it first)",
     )
     args = parser.parse_args()
+    config = json.loads((Path(args.folder) / "config.json").read_text(encoding="utf-8"))
+    if "auto_map" in config and not args.trust_remote_code:
+        module = config["auto_map"]["AutoModelForCausalLM"].partition(".")[0]
+        parser.error(
+            f"{args.folder}: carries a modeling file, {module}.py; read it, then give "
+            "--trust-remote-code to run it"
+        )
 
     torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        args.folder, trust_remote_code=args.trust_remote_code
-    ).eval()
+    trust = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(args.folder, **trust)
+    model = AutoModelForCausalLM.from_pretrained(args.folder, **trust).eval()
     inputs = tokenizer(args.prompt, return_tensors="pt")
     ids = model.generate(
         inputs["input_ids"],

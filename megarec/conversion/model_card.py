@@ -21,7 +21,7 @@ LOAD_WITH_TOKENIZER = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "."  # this folder, or its name on the Hub
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path{options})
 model = AutoModelForCausalLM.from_pretrained(path{options})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 output_ids = model.generate(**inputs, max_new_tokens=100)

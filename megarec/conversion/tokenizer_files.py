@@ -28,7 +28,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, add_bos: bool | None)
     The tokenizer of the export adds to a text what the data loader added in training: with
     `add_bos` the end-of-document token in front (`data.bos: eod`), without it nothing. None, where
     training is not known, leaves what the tokenizer's own file adds. There is no padding token:
-    recurrent models do not ignore padding.
+    not all recurrent classes of transformers ignore padding.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers.processors import TemplateProcessing

@@ -2,9 +2,11 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -38,6 +40,13 @@ def convert(*args: object, code: int = 0) -> str:
     )
     assert done.returncode == code, done.stderr
     return done.stderr if code else done.stdout
+
+
+def convert_here(*args: object) -> None:
+    """Run the command in this process; errors are raised."""
+    main = runpy.run_path(str(ROOT / "tools/convert.py"))["main"]
+    with patch.object(sys, "argv", ["convert.py", *map(str, args)]):
+        main()
 
 
 def test_there_and_back(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversion.test_convert_cli import convert
+from conversion.test_convert_cli import convert, convert_here
 from small import model_config, random_model
 
 from megarec.config.model import ModelConfig
@@ -131,13 +131,12 @@ def test_as_a_command(tmp_path: Path) -> None:
     hf: dict[str, Any] = json.loads((tmp_path / "hf/config.json").read_text())
     assert hf["model_type"] == "llama"
     same = tmp_path / "same"
-    convert("hybridize", "--hf", tmp_path / "hf", "--layout", "none", "--out", same)
+    source = ("hybridize", "--hf", tmp_path / "hf")
+    convert_here(*source, "--layout", "none", "--out", same)
     assert torch.equal(load_model(same)[0](IDS), teacher(IDS))
     one, two = tmp_path / "one", tmp_path / "two"
-    convert("hybridize", "--hf", tmp_path / "hf", "--layout", "*M**", "--out", one)
-    convert(
-        "hybridize", "--hf", tmp_path / "hf", "--layout", "1,2", "--previous", one, "--out", two
-    )
+    convert_here(*source, "--layout", "*M**", "--out", one)
+    convert(*source, "--layout", "1,2", "--previous", one, "--out", two)
     model, _ = load_model(two)
     assert [block.mixer.type for block in model.config.layers] == [
         "attention",
@@ -147,5 +146,6 @@ def test_as_a_command(tmp_path: Path) -> None:
     ]
     expected, _ = hybridize(*weights(teacher), [1, 2])
     assert model.config == expected
-    line = convert("hybridize", "--hf", tmp_path / "hf", "--layout", "MM", "--out", two, code=2)
-    assert line == "error: --layout MM: 2 letters, but 4 layers\n"
+    with pytest.raises(UserError) as caught:
+        convert_here(*source, "--layout", "MM", "--out", two)
+    assert caught.value.lines == ("--layout MM: 2 letters, but 4 layers",)

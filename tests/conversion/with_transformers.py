@@ -9,11 +9,11 @@ import torch
 from megarec.models import Backbone
 
 
-def load_with_transformers(folder: Path) -> Any:
+def load_with_transformers(folder: Path, **options: Any) -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 def some_ids(length: int = 21, vocab_size: int = 256) -> torch.Tensor:
@@ -34,10 +34,12 @@ def generate(theirs: Any, ids_BT: torch.Tensor, **options: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assert_same_as_transformers(model: Backbone, folder: Path, architecture: str) -> Any:
+def assert_same_as_transformers(
+    model: Backbone, folder: Path, architecture: str, **options: Any
+) -> Any:
     """Compare logits and generated tokens; returns the model of transformers."""
     ids = some_ids()
-    theirs = load_with_transformers(folder)
+    theirs = load_with_transformers(folder, **options)
     assert type(theirs).__name__ == architecture
     torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-4)
     expected = greedy(model, ids, 8)

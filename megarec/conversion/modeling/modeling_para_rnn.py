@@ -313,9 +313,10 @@ class Block(nn.Module):
         """Return x (B, T, D), and the mixer's state; see Mixer."""
         if self.mixer is not None:
             y_BTD, state = self.mixer(self.mixer_norm(x_BTD), lengths_B, state)
-            x_BTD = self.skip(x_BTD) + self.residual_scale * y_BTD
+            x_BTD = torch.add(self.skip(x_BTD), y_BTD, alpha=self.residual_scale)
         if self.ffn is not None:
-            x_BTD = x_BTD + self.residual_scale * self.ffn(self.ffn_norm(x_BTD))
+            y_BTD = self.ffn(self.ffn_norm(x_BTD))
+            x_BTD = torch.add(x_BTD, y_BTD, alpha=self.residual_scale)
         return x_BTD, state
 
 

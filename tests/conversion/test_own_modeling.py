@@ -179,8 +179,10 @@ def test_padding_changes_nothing(model: Backbone, theirs: Any) -> None:
     for row, prompt in enumerate(PROMPTS):
         alone = model(torch.tensor([[*prompt, 8, 9]]))[0, -1]
         torch.testing.assert_close(after.logits[row, -1], alone, rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match=re.escape("got shape (3, 2), expected (3, 3 or more)")):
-        theirs(more, attention_mask=mask[:, :2])
+    for wrong, shape in ((mask[:, :2], "(3, 2)"), (mask[:1], "(1, 10)")):
+        message = re.escape(f"got shape {shape}, expected (3, 3 or more)")
+        with pytest.raises(ValueError, match=message):
+            theirs(more, attention_mask=wrong)
 
 
 def test_generation_is_ours(model: Backbone, theirs: Any) -> None:

@@ -426,7 +426,7 @@ def padding_last(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tens
     B, T = input_ids.shape
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < T:
+    if attention_mask.dim() != 2 or len(attention_mask) != B or attention_mask.shape[1] < T:
         raise ValueError(
             f"attention_mask: got shape {tuple(attention_mask.shape)}, expected ({B}, {T} or more)"
         )

@@ -21,7 +21,7 @@ results = []
 for folder in folders:
     carries_code = "auto_map" in json.load(open(folder + "/config.json"))
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=carries_code)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=carries_code)
     texts = []
     for prompt in json.loads(prompts):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -42,6 +42,7 @@ class Commands:
             "PATH": f"{bin_folder}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(folder / "modules"),
         }
         (folder / "text.txt").write_text(TEXT.read_text()[:120_000])
         self.python(

@@ -33,13 +33,10 @@ def describe(config: Config, world_size: int) -> str:
     train = config.train
     axes = " x ".join(f"{axis} {size}" for axis, size in sizes.axes.items())
     memory = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in sizes.memory_bytes.items())
-    teacher = (
-        []
-        if config.distill is None
-        else [
-            f"teacher: {config.distill.teacher} (sharded alike; its memory and FLOPs are not counted)"
-        ]
-    )
+    teacher = []
+    if config.distill is not None:
+        path = config.distill.teacher
+        teacher = [f"teacher: {path} (sharded alike; its memory and FLOPs are not counted)"]
     lines = [
         f"parameters: {sizes.num_params:,}",
         f"FLOPs per token: {sizes.flops_per_token / 1e9:.4g} GFLOP (forward and backward)",

@@ -56,7 +56,7 @@ def newton_rnn(
         ArithmeticError: Not converged, and the solver says raise.
         FloatingPointError: A Jacobian that is not finite although the inputs are.
     """
-    _check(cell, u, state, resets)
+    _check(cell, u, params, state, resets)
     dtype = torch.promote_types(u.dtype, torch.float32)
     u_BTVD = u.to(dtype)
     wide = {name: value.to(dtype) for name, value in params.items()}
@@ -72,12 +72,24 @@ def newton_rnn(
     return h_BTKD, h_BTKD[:, -1].clone(), report
 
 
-def _check(cell: Cell, u: Tensor, state: Tensor | None, resets: Tensor | None) -> None:
-    if u.dim() != 4 or u.shape[1] == 0:
-        _fail("u", f"shape {tuple(u.shape)}", "(B, T, V, D) with at least one token")
+def _check(
+    cell: Cell,
+    u: Tensor,
+    params: Mapping[str, Tensor],
+    state: Tensor | None,
+    resets: Tensor | None,
+) -> None:
+    V = cell.num_inputs
+    if u.dim() != 4 or u.shape[1] == 0 or u.shape[2] != V:
+        _fail("u", f"shape {tuple(u.shape)}", f"(B, T, {V}, D) with at least one token")
     if not u.is_floating_point():
         _fail("u", str(u.dtype), "a float dtype")
     B, T, _, D = u.shape
+    if params.keys() != cell.recurrent.keys():
+        _fail("params", f"keys {sorted(params)}", str(sorted(cell.recurrent)))
+    for name, rows in cell.recurrent.items():
+        if params[name].shape != (rows, D):
+            _fail(f"params[{name!r}]", f"shape {tuple(params[name].shape)}", f"{(rows, D)}")
     if state is not None and state.shape != (B, cell.num_slots, D):
         _fail("state", f"shape {tuple(state.shape)}", f"{(B, cell.num_slots, D)}")
     if resets is not None and (resets.shape != (B, T) or resets.dtype != torch.bool):

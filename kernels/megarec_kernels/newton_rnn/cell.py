@@ -65,7 +65,7 @@ class Cell(ABC):
 
 
 def check_cell(cell: Cell) -> None:
-    """Raise ValueError unless a cell's state and Jacobian are what it declares.
+    """Raise ValueError unless a cell's states and Jacobian are what it declares.
 
     The Jacobian is compared with a directional derivative along a random vector: a Jacobian of a
     wrong structure gives sums of its entries, which solve slowly or not at all. Numbers of the
@@ -84,19 +84,33 @@ def check_cell(cell: Cell) -> None:
     state, along = (random(rows, cell.num_slots, channels) for _ in range(2))
     u = random(rows, cell.num_inputs, channels)
     params = {key: random(count, channels) for key, count in cell.recurrent.items()}
-    new = cell.step(state, u, params)
+    try:
+        new, shown = cell.step(state, u, params), cell.output(state)
+        beside, jacobian = cell.jacobian(state, u, params)
+        _, derivative = jvp(lambda old: cell.step(old, u, params), (state,), (along,))[:2]
+    except Exception as error:
+        shapes = {key: tuple(value.shape) for key, value in params.items()}
+        raise ValueError(
+            f"{name}: fails for state {tuple(state.shape)}, u {tuple(u.shape)}, params {shapes}: "
+            f"{error!r}"
+        ) from error
     _require_shape(f"{name}: step", new, state.shape, f"{cell.num_slots} slots are declared")
-    _, derivative = jvp(lambda old: cell.step(old, u, params), (state,), (along,))[:2]
-    _, jacobian = cell.jacobian(state, u, params)
+    _require_shape(f"{name}: output", shown, u[:, 0].shape, "a number a channel")
+    _require_shape(f"{name}: jacobian: new state", beside, new.shape, "what step returns")
     diagonal = cell.structure == "diagonal"
     shape = state.shape if diagonal else torch.Size([*state.shape[:2], *state.shape[1:]])
     _require_shape(f"{name}: jacobian", jacobian, shape, f"structure {cell.structure!r}")
-    product = jacobian * along if diagonal else torch.einsum("bijd,bjd->bid", jacobian, along)
-    error = (product - derivative).abs().max().item()
-    if not error <= 1e-9:
+    difference = (beside - new).abs().max().item()
+    if not difference <= 1e-9:
         raise ValueError(
-            f"{name}: jacobian: differs from the derivative of step by {error:.2g} along a random "
-            f"vector: structure {cell.structure!r}, or its closed form, is wrong"
+            f"{name}: jacobian: new state: differs by {difference:.2g} from what step returns"
+        )
+    product = jacobian * along if diagonal else torch.einsum("bijd,bjd->bid", jacobian, along)
+    difference = (product - derivative).abs().max().item()
+    if not difference <= 1e-9:
+        raise ValueError(
+            f"{name}: jacobian: differs from the derivative of step by {difference:.2g} along a "
+            f"random vector: structure {cell.structure!r}, or its closed form, is wrong"
         )
 
 

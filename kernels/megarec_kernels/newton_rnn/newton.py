@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megarec_kernels.affine_scan.eager import adjoint, algebra_of, scan
+from megarec_kernels.affine_scan.eager import adjoint, scan
 from megarec_kernels.newton_rnn.cell import Cell
 from megarec_kernels.newton_rnn.sequential import walk
 
@@ -50,7 +50,8 @@ class Report:
     """What a solve did.
 
     Attributes:
-        residuals: largest residual of the initial guess and after each iteration.
+        residuals: largest residual of the initial guess and after each iteration, inf where a
+            state is not finite; empty if the tokens were walked through from the start.
         fell_back: the tolerance was not met, and the states are those of the sequential walk.
     """
 
@@ -60,7 +61,7 @@ class Report:
     @property
     def iterations(self) -> int:
         """The iterations made."""
-        return len(self.residuals) - 1
+        return max(0, len(self.residuals) - 1)
 
 
 def newton_rnn_eager(
@@ -111,7 +112,7 @@ class _Newton(torch.autograd.Function):
         params = dict(zip(ctx.names, values, strict=True))
         _, A = ctx.cell.jacobian(before_BTKD, u_BTVD, params)
         A = _keep(A, resets_BT)
-        cotangent_BTKD = adjoint(A, dh_BTKD)
+        cotangent_BTKD, dstate_BKD = adjoint(A, dh_BTKD)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (u_BTVD, *values)]
             new_BTKD = ctx.cell.step(
@@ -120,8 +121,6 @@ class _Newton(torch.autograd.Function):
         du_BTVD, *dvalues = torch.autograd.grad(
             new_BTKD, leaves, cotangent_BTKD, allow_unused=True, materialize_grads=True
         )
-        algebra = algebra_of(A, cotangent_BTKD)
-        dstate_BKD = algebra.apply(algebra.transpose(A[:, 0]), cotangent_BTKD[:, 0])
         return None, None, None, None, None, dstate_BKD, du_BTVD, *dvalues
 
 
@@ -137,8 +136,8 @@ def _solve(
     state_BKD: Tensor,
     resets_BT: Tensor | None,
 ) -> Tensor:
-    zeros = state_BKD.new_zeros(*u_BTVD.shape[:2], *state_BKD.shape[1:])
-    h_BTKD = cell.step(zeros, u_BTVD, params)
+    zeros_BTKD = state_BKD.new_zeros(*u_BTVD.shape[:2], *state_BKD.shape[1:])
+    h_BTKD = guess_BTKD = cell.step(zeros_BTKD, u_BTVD, params)
     residuals: list[Tensor] = []
     for _ in range(solver.iterations):
         new_BTKD, A = cell.jacobian(_before(h_BTKD, state_BKD, resets_BT), u_BTVD, params)
@@ -151,32 +150,25 @@ def _solve(
     else:
         new_BTKD = cell.step(_before(h_BTKD, state_BKD, resets_BT), u_BTVD, params)
         residuals.append((new_BTKD - h_BTKD).abs().amax())
-    report.residuals = torch.stack(residuals).tolist()
+    inf = torch.inf
+    report.residuals = torch.stack(residuals).nan_to_num(nan=inf, posinf=inf).tolist()
     if report.residuals[-1] <= solver.tolerance:
         return h_BTKD
-    _explain_failure(cell, solver, report, u_BTVD, params, state_BKD)
     report.fell_back = True
+    if all(x.isfinite().all() for x in (u_BTVD, state_BKD, *params.values())):
+        _, A = cell.jacobian(_before(guess_BTKD, state_BKD, resets_BT), u_BTVD, params)
+        _explain_failure(cell, solver, report, bool(A.isfinite().all()))
+    # Where what comes in is not finite, so is what goes out, and the trainer will see it.
     return walk(cell, u_BTVD, params, state_BKD, resets_BT)
 
 
-def _explain_failure(
-    cell: Cell,
-    solver: Solver,
-    report: Report,
-    u_BTVD: Tensor,
-    params: dict[str, Tensor],
-    state_BKD: Tensor,
-) -> None:
+def _explain_failure(cell: Cell, solver: Solver, report: Report, is_finite: bool) -> None:
     """Raise unless walking through the tokens is what the solver asks for."""
     name = type(cell).__name__
-    given = (u_BTVD, state_BKD, *params.values())
-    if not all(x.isfinite().all() for x in given):
-        return  # What comes in is not finite: so is what goes out, and the trainer will see it.
-    zeros = state_BKD.new_zeros(*u_BTVD.shape[:2], *state_BKD.shape[1:])
-    _, A = cell.jacobian(zeros, u_BTVD, params)
-    if not A.isfinite().all():
+    if not is_finite:
         raise FloatingPointError(
-            f"newton_rnn: {name}: the Jacobian at the zero state is not finite for finite inputs"
+            f"newton_rnn: {name}: step or its Jacobian is not finite at the initial guess, "
+            "although inputs and parameters are"
         )
     if solver.on_failure == "raise":
         raise ArithmeticError(

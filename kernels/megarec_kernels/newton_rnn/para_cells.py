@@ -35,10 +35,10 @@ class ParaGRUCell(Cell):
         h = state[..., 0, :]
         a_z, a_r, a_n = params["A"].unbind(-2)
         u_z, u_r, u_n = u.unbind(-2)
-        z = torch.sigmoid(a_z * h + u_z)
-        r = torch.sigmoid(a_r * h + u_r)
-        n = torch.tanh(a_n * h * r + u_n)
-        return (1 - z) * h + z * n, h, z, r, n
+        z = torch.sigmoid(torch.addcmul(u_z, a_z, h))
+        r = torch.sigmoid(torch.addcmul(u_r, a_r, h))
+        n = torch.tanh(torch.addcmul(u_n, a_n * h, r))
+        return torch.lerp(h, n, z), h, z, r, n
 
 
 class ParaLSTMCell(Cell):
@@ -71,8 +71,7 @@ class ParaLSTMCell(Cell):
         through_c = o_slope * c_o + t_slope
         hc = through_c * cc
         hh = o_slope * a_o + through_c * ch
-        new_c, new_h = torch.stack([cc, ch], -2), torch.stack([hc, hh], -2)
-        return torch.stack([c, h], -2), torch.stack([new_c, new_h], -3)
+        return torch.stack([c, h], -2), torch.stack([cc, ch, hc, hh], -2).unflatten(-2, (2, 2))
 
     @staticmethod
     def _parts(state: Tensor, u: Tensor, params: Params) -> tuple[Tensor, ...]:
@@ -80,9 +79,9 @@ class ParaLSTMCell(Cell):
         a_f, a_o, a_m = params["A"].unbind(-2)
         c_f, c_o = params["C"].unbind(-2)
         u_f, u_o, u_m = u.unbind(-2)
-        f = torch.sigmoid(a_f * h_old + c_f * c_old + u_f)
-        m = torch.tanh(a_m * h_old + u_m)
-        c = f * c_old + (1 - f) * m
-        o = torch.sigmoid(a_o * h_old + c_o * c + u_o)
+        f = torch.sigmoid(torch.addcmul(torch.addcmul(u_f, a_f, h_old), c_f, c_old))
+        m = torch.tanh(torch.addcmul(u_m, a_m, h_old))
+        c = torch.lerp(m, c_old, f)
+        o = torch.sigmoid(torch.addcmul(torch.addcmul(u_o, a_o, h_old), c_o, c))
         t = torch.tanh(c)
         return c, o * t, f, m, o, t

@@ -11,9 +11,10 @@ def walk(
 ) -> Tensor:
     """Return the states (B, T, K, D) of every token."""
     states_BKD = []
-    for t in range(u_BTVD.shape[1]):
+    # Unbound at once: the gradient of each u[:, t] would be a whole u of zeros.
+    for t, u_BVD in enumerate(u_BTVD.unbind(1)):
         if resets_BT is not None:
             state_BKD = state_BKD.masked_fill(resets_BT[:, t, None, None], 0)
-        state_BKD = cell.step(state_BKD, u_BTVD[:, t], params)
+        state_BKD = cell.step(state_BKD, u_BVD, params)
         states_BKD.append(state_BKD)
     return torch.stack(states_BKD, 1)

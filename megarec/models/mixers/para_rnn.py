@@ -1,6 +1,6 @@
 """ParaRNN: nonlinear recurrences trained in parallel over time (arXiv 2510.21450)."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from megarec_kernels.newton_rnn import (
@@ -12,7 +12,6 @@ from megarec_kernels.newton_rnn import (
     check_cell,
     newton_rnn,
 )
-from pydantic import Field
 from torch import Tensor, nn
 
 from megarec.config.base import PositiveFloat, PositiveInt
@@ -43,7 +42,7 @@ class NewtonMixerConfig(MixerConfig):
     norm_eps: PositiveFloat = 1e-6
     clip: PositiveFloat | None = 0.5
     iterations: PositiveInt = 3
-    tolerance: Annotated[float, Field(gt=0)] = 1e-3
+    tolerance: PositiveFloat = 1e-3
     early_stop: bool = False
     on_failure: Literal["sequential", "raise"] = "sequential"
 
@@ -209,14 +208,17 @@ class NewtonMixer(Mixer):
         self.recurrence.constrain_()
 
     def metrics(self) -> dict[str, float]:
-        """Return the largest residual, the most iterations, and how many solves fell back."""
+        """Return the largest residual, the most iterations, and the share of solves that fell back.
+
+        A share, since how many there are depends on micro-batches and recomputation.
+        """
         reports, self.recurrence.reports = self.recurrence.reports, []
         if not reports:
             return {}
         return {
             "newton/residual": max(report.residuals[-1] for report in reports),
             "newton/iterations": max(report.iterations for report in reports),
-            "newton/fallbacks": sum(report.fell_back for report in reports),
+            "newton/fallbacks": sum(report.fell_back for report in reports) / len(reports),
         }
 
     def tp_plan(self) -> dict[str, str]:

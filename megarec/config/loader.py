@@ -1,6 +1,7 @@
 """Load a YAML recipe with dotted overrides; every error at once, one line each."""
 
 import difflib
+import importlib
 import re
 from pathlib import Path
 from types import UnionType
@@ -125,7 +126,16 @@ def load_config(name: str, overrides: list[str] | None = None) -> Config:
 
 
 def validate_config(tree: Tree, where: str) -> Config:
-    """Validate a parsed recipe; `where` names its origin in errors (UserError)."""
+    """Validate a parsed recipe; `where` names its origin in errors (UserError).
+
+    The modules that it lists under `imports` are imported first: they register mixers of one's own.
+    """
+    imports = tree.get("imports")
+    for module in imports if isinstance(imports, list) else []:
+        try:
+            importlib.import_module(str(module))
+        except ImportError as error:
+            raise UserError(f"{where}: imports: cannot import {module}: {error}") from error
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

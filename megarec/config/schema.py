@@ -196,9 +196,13 @@ class DistillConfig(StrictModel):
 
 
 class Config(StrictModel):
-    """A training run. `name` is its folder under runs/."""
+    """A training run. `name` is its folder under runs/.
+
+    `imports` names modules to import before the rest is read, which register mixers of one's own.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    imports: Annotated[tuple[str, ...], Tuple] = ()
     seed: NonNegativeInt = 1234
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig

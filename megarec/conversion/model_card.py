@@ -155,7 +155,7 @@ def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
         ("mixers", ", ".join(sorted({mixer.type for mixer in config.mixers}))),
         ("width", f"{config.d_model:,}"),
         ("vocabulary", f"{config.vocab_size:,}"),
-        ("decoding state of a sequence", f"{config.state_bytes(1):,} bytes in float32"),
+        ("decoding state after 1,024 tokens", f"{config.state_bytes(1024):,} bytes in float32"),
     ]
 
 

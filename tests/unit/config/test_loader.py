@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megarec.config.loader import CONFIG_FOLDER, apply_override, load_config, read_yaml
+from megarec.config.mixer import MixerConfig
 from megarec.errors import UserError
 
 RECIPES = sorted(CONFIG_FOLDER.rglob("*.yaml"))
@@ -88,3 +89,23 @@ def test_bad_overrides() -> None:
     for override in ("lr", "=3", "a.b.c=1"):
         with pytest.raises(UserError):
             apply_override({"a": {"b": 1}}, override)
+
+
+def test_imports_register_mixers_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_mixer.py").write_text(
+        "from typing import Literal\n"
+        "from megarec.models.mixers.para_rnn import ParaGRUConfig\n"
+        "class MyConfig(ParaGRUConfig):\n"
+        "    type: Literal['mine'] = 'mine'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    block = "model.blocks.mlstm={mixer: {type: mine, num_heads: 8}}"
+    try:
+        config = load_config("xlstm_7b.yaml", ["imports=[my_mixer]", block])
+        assert config.model.mixers[0].type == "mine"
+    finally:
+        MixerConfig.members.pop("mine", None)
+    with pytest.raises(UserError, match="imports: cannot import my_mixr: No module named"):
+        load_config("xlstm_7b.yaml", ["imports=[my_mixr]", block])

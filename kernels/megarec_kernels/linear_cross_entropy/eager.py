@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarec_kernels.saved_gradients import save_gradients, scaled_gradients
+
 
 def linear_cross_entropy_eager(
     x_ND: Tensor,
@@ -75,19 +77,13 @@ class _Chunked(torch.autograd.Function):
                 torch.mm(dlogits_CV, weight_VD, out=dx_ND[rows])
             if dweight_VD is not None:
                 dweight_VD += dlogits_CV.T @ x_CD
-        ctx.save_for_backward(dx_ND, dweight_VD)
-        ctx.weight_dtype = weight_VD.dtype
+        save_gradients(ctx, dx_ND, dweight_VD, weight_VD)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dx_ND, dweight_VD = ctx.saved_tensors
-        if dx_ND is not None:
-            dx_ND = dx_ND * dloss
-        if dweight_VD is not None:
-            dweight_VD = (dweight_VD * dloss).to(ctx.weight_dtype)
-        return dx_ND, dweight_VD, *[None] * 6
+        return *scaled_gradients(ctx, dloss), *[None] * 6
 
 
 _chunked: Callable[..., Tensor] = _Chunked.apply

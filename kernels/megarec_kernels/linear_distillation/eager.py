@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megarec_kernels.linear_distillation.reference import linear_distillation_reference
+from megarec_kernels.saved_gradients import save_gradients, scaled_gradients
 
 
 def linear_distillation_eager(
@@ -70,8 +71,7 @@ class _Chunked(torch.autograd.Function):
                 dx_ND[rows] = gradients.pop(0)
             if dweight_VD is not None:
                 dweight_VD += gradients.pop(0)
-        ctx.save_for_backward(dx_ND, dweight_VD)
-        ctx.weight_dtype = weight_VD.dtype
+        save_gradients(ctx, dx_ND, dweight_VD, weight_VD)
         loss, divergence, cross_entropy = sums.unbind()
         ctx.mark_non_differentiable(divergence, cross_entropy)
         return loss.clone(), divergence, cross_entropy
@@ -79,12 +79,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dx_ND, dweight_VD = ctx.saved_tensors
-        if dx_ND is not None:
-            dx_ND = dx_ND * dloss
-        if dweight_VD is not None:
-            dweight_VD = (dweight_VD * dloss).to(ctx.weight_dtype)
-        return dx_ND, dweight_VD, *[None] * 6
+        return *scaled_gradients(ctx, dloss), *[None] * 6
 
 
 _chunked: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Chunked.apply

@@ -1,7 +1,8 @@
 """Every mixer, stack and pattern passes every check of megarec.testing.contract.
 
 Cases are data: cases/mixers/<type>.yaml (name -> d_model and mixer, whose type is the file's name)
-and cases/models/*.yaml (model sections). retention.py stands for a mixer of another package.
+and cases/models/*.yaml (model sections). retention.py and minimal_gated_unit.py stand for mixers
+of another package.
 """
 
 from pathlib import Path

@@ -58,7 +58,8 @@ def train(args: argparse.Namespace, is_main: bool) -> int:
     except (UserError, RunError, ArithmeticError) as error:
         if os.environ.get("MEGAREC_DEBUG") == "1":
             raise
-        if is_main:
+        # Bad input is the same on all ranks; a layer may fail on one alone.
+        if is_main or isinstance(error, ArithmeticError):
             print_error(error)
         return EXIT_USER_ERROR if isinstance(error, UserError) else 1
 

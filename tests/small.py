@@ -21,6 +21,12 @@ def model_tree(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def layers_tree(*mixers: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return the model section of the same model with these mixers, a layer each, and no FFNs."""
+    blocks = {f"b{i}": {"mixer": mixer} for i, mixer in enumerate(mixers)}
+    return model_tree(num_layers=len(mixers), blocks=blocks, pattern=list(blocks), **changes)
+
+
 def model_config(**changes: Any) -> ModelConfig:
     """Return the config of a tiny xLSTM."""
     return ModelConfig.model_validate(model_tree(**changes))

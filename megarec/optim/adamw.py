@@ -11,12 +11,13 @@ from megarec.errors import UserError
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether weight decay applies: to matrices, but not to embeddings.
+    """Tell whether weight decay applies: to matrices, but not to embeddings and biases.
 
-    Norm scales, biases and per-head parameters are vectors (the mask of xLSTM 7B,
+    Norm scales, most biases and per-head parameters are vectors (the mask of xLSTM 7B,
     arXiv 2503.13427).
     """
-    return parameter.ndim >= 2 and not name.startswith("embedding.")
+    is_bias = name.rpartition(".")[2] == "bias"
+    return parameter.ndim >= 2 and not is_bias and not name.startswith("embedding.")
 
 
 def learning_rate_scales(names: Iterable[str], config: OptimizerConfig) -> dict[str, float]:

@@ -25,6 +25,13 @@ HYBRID = {
     "pattern": "M-*-",
     "num_layers": 4,
 }
+PARA = {
+    "blocks": {
+        "L": {"mixer": {"type": "para_lstm"}, "ffn": {"d_ff": 48}, "learned_skip": True},
+        "G": {"mixer": {"type": "para_gru"}, "ffn": {"d_ff": 48}, "learned_skip": True},
+    },
+    "pattern": "LG",
+}
 SKIP = {"nonfinite": {"policy": "skip", "max_consecutive": 1}}
 WORLDS = ("one", "two")
 
@@ -48,6 +55,11 @@ def both_worlds(rank: int, world_size: int, runs: str) -> dict[str, int]:
     bfloat16 = {"compute": "bfloat16"}
     codes["bfloat16"] = session(folder, "bfloat16", precision=bfloat16, train={"steps": 4})
     codes["hybrid"] = session(folder, "hybrid", model=HYBRID, precision=bfloat16)
+    codes["para"] = session(folder, "para", model=PARA)
+    codes["para stopped"] = session(
+        folder, "para_resumed", model=PARA, hooks=["e2e_runs:StopOneRank"]
+    )
+    codes["para resumed"] = session(folder, "para_resumed", model=PARA, force=True)
     # A teacher of this very folder, sharded like the student, whose embedding does not train.
     codes["distilled"] = session(
         folder,
@@ -68,7 +80,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, world_size in zip(WORLDS, (1, 2), strict=True):
         folders[name] = tmp_path_factory.mktemp(name)
         for codes in run_ranks(both_worlds, world_size, str(folders[name]), timeout=120):
-            assert codes.pop("stopped") == EXIT_PREEMPTED
+            assert codes.pop("stopped") == codes.pop("para stopped") == EXIT_PREEMPTED
             assert set(codes.values()) == {0}
     return folders
 
@@ -90,7 +102,7 @@ def test_a_run_learns_and_leaves_what_it_should(worlds: dict[str, Path], world: 
 
 
 def test_two_ranks_equal_one(worlds: dict[str, Path]) -> None:
-    for run in ("golden", "tied", "distilled"):
+    for run in ("golden", "tied", "distilled", "para"):
         one, two = losses(worlds["one"], run), losses(worlds["two"], run)
         assert two[0] == pytest.approx(one[0], rel=1e-6)
         assert two == pytest.approx(one, rel=1e-5)
@@ -127,13 +139,22 @@ def test_a_signal_to_one_rank_stops_all_and_resume_is_bitwise(
     assert stopped["state"] == "preempted"
     assert STOP_STEP < stopped["step"] <= STOP_STEP + 2
     assert losses(runs, "stopped") == losses(runs, "golden")[: stopped["step"]]
-    assert losses(runs, "resumed") == losses(runs, "golden")
-    assert held_out(runs, "resumed") == held_out(runs, "golden")
-    for shard in (runs / "golden/checkpoints/step_00000012").glob("*.safetensors"):
-        golden = load_file(shard)
-        resumed = load_file(runs / "resumed" / shard.relative_to(runs / "golden"))
-        assert golden.keys() == resumed.keys()
-        assert all(torch.equal(golden[key], resumed[key]) for key in golden)
+    for whole, again in (("golden", "resumed"), ("para", "para_resumed")):
+        assert losses(runs, again) == losses(runs, whole)
+        assert held_out(runs, again) == held_out(runs, whole)
+        for shard in (runs / whole / "checkpoints/step_00000012").glob("*.safetensors"):
+            golden = load_file(shard)
+            resumed = load_file(runs / again / shard.relative_to(runs / whole))
+            assert golden.keys() == resumed.keys()
+            assert all(torch.equal(golden[key], resumed[key]) for key in golden)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_nonlinear_recurrences_learn(worlds: dict[str, Path], world: str) -> None:
+    before, after = held_out(worlds[world], "para")
+    assert after < before - 0.5
+    steps = [r for r in read_metrics(worlds[world] / "para/metrics.jsonl") if "loss" in r]
+    assert all(step["newton/residual"] < 1e-3 and step["newton/fallbacks"] == 0 for step in steps)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -42,3 +42,12 @@ def test_it_trains_and_decodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(para_rnn, "newton_rnn", counted)
     generate(model, [[3, 1, 4]], max_new_tokens=8)
     assert lengths[:2] == [3, 3] and set(lengths[2:]) == {1}
+
+
+def test_contributing_shows_the_file() -> None:
+    root = Path(__file__).parents[2]
+    section = (root / "CONTRIBUTING.md").read_text().split("## A cell of your own")[1]
+    shown = section.split("```python")[1].split("```")[0]
+    source = (Path(__file__).parent / "minimal_gated_unit.py").read_text()
+    lines = [line.partition("  # ")[0] for line in shown.splitlines()]
+    assert len(lines) > 15 and not [line for line in lines if line not in source.splitlines()]

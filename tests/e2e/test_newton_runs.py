@@ -104,7 +104,7 @@ def test_weights_are_projected_after_each_step(mixer: dict[str, Any], tmp_path: 
 
 def test_the_log_says_what_newton_did(tmp_path: Path) -> None:
     """The largest of the layers; recomputed activations and held-out data change nothing."""
-    layers = layers_tree(GRU | {"early_stop": True, "tolerance": 0.1}, LSTM | NEVER)
+    layers = layers_tree(LSTM | NEVER, GRU | {"early_stop": True, "tolerance": 0.1})
     once = {"activation_checkpointing": "none"}
     twice = {"activation_checkpointing": "full"}
     for name, parallel in (("once", once), ("twice", twice)):

@@ -241,6 +241,21 @@ def test_inputs_that_are_not_finite_pass_through(name, on_failure, value, where)
     h.sum().backward()
 
 
+def test_an_infinite_tolerance_takes_what_is_finite():
+    cell, inputs = DenseHead(), make_inputs(DenseHead(), T=40)
+    inputs["params"]["R"] *= 8
+    for early_stop in (False, True):
+        solver = Solver(1, torch.inf, early_stop=early_stop)
+        h, _, report = newton_rnn(cell, **inputs, solver=solver)
+        assert not report.fell_back and h.isfinite().all() and report.residuals[-1] > 0.1
+        spoiled = inputs | {"u": inputs["u"].clone()}
+        spoiled["u"][0, 20] = torch.nan
+        h, _, report = newton_rnn(cell, **spoiled, solver=solver)
+        walk, _, _ = newton_rnn(cell, **spoiled, backend="reference")
+        assert report.fell_back and report.residuals[-1] == torch.inf
+        assert torch.equal(h[1], walk[1])
+
+
 class Root(Cell):
     """A step whose derivative is not finite at the zero state."""
 

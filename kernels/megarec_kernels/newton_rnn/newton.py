@@ -23,7 +23,8 @@ class Solver:
 
     Attributes:
         iterations: of Newton's method, at most.
-        tolerance: largest residual |h_t - step(h_{t-1}, u_t)| at which states count as solved.
+        tolerance: largest residual |h_t - step(h_{t-1}, u_t)| at which states count as solved; inf
+            takes any that are finite.
         early_stop: stop as soon as the tolerance is met; on a GPU each look costs a wait.
         on_failure: where the tolerance is not met after the last iteration, walk through the
             tokens one by one, which is exact, or raise.
@@ -152,7 +153,7 @@ def _solve(
         residuals.append((new_BTKD - h_BTKD).abs().amax())
     inf = torch.inf
     report.residuals = torch.stack(residuals).nan_to_num(nan=inf, posinf=inf).tolist()
-    if report.residuals[-1] <= solver.tolerance:
+    if report.residuals[-1] <= solver.tolerance and report.residuals[-1] < inf:
         return h_BTKD
     report.fell_back = True
     if all(x.isfinite().all() for x in (u_BTVD, state_BKD, *params.values())):

@@ -1,6 +1,6 @@
 """ParaRNN: nonlinear recurrences trained in parallel over time (arXiv 2510.21450)."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from megarec_kernels.newton_rnn import (
@@ -12,6 +12,7 @@ from megarec_kernels.newton_rnn import (
     check_cell,
     newton_rnn,
 )
+from pydantic import Field
 from torch import Tensor, nn
 
 from megarec.config.base import PositiveFloat, PositiveInt
@@ -32,7 +33,7 @@ class NewtonMixerConfig(MixerConfig):
     the Jacobian small enough for a few iterations (null: no bound). Newton makes `iterations`,
     or fewer where `early_stop` looks at the residual after each; a solution with a residual above
     `tolerance` is not used: the cell then walks through the tokens one by one, or training stops,
-    as `on_failure` says.
+    as `on_failure` says (tolerance .inf: any finite solution is used).
     """
 
     cell: ClassVar[Cell]
@@ -42,7 +43,7 @@ class NewtonMixerConfig(MixerConfig):
     norm_eps: PositiveFloat = 1e-6
     clip: PositiveFloat | None = 0.5
     iterations: PositiveInt = 3
-    tolerance: PositiveFloat = 1e-3
+    tolerance: Annotated[float, Field(gt=0)] = 1e-3
     early_stop: bool = False
     on_failure: Literal["sequential", "raise"] = "sequential"
 

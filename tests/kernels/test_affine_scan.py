@@ -8,6 +8,7 @@ from gla_cases import assert_close, cast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megarec_kernels.affine_scan import affine_scan
+from op_cases import compare, make_resets, random_inputs
 
 # Relative to the largest value of each tensor; in bfloat16 only what goes out is rounded.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8}
@@ -16,44 +17,15 @@ kinds = pytest.mark.parametrize(("K", "kind"), KINDS, ids=[f"{kind} {K}" for K, 
 
 
 def make_inputs(B=2, T=13, K=2, D=3, kind="block", state=True, dtype=torch.float64, seed=0):
-    rng = torch.Generator().manual_seed(seed)
     shapes = {"A": (B, T, K, D) if kind == "diagonal" else (B, T, K, K, D), "b": (B, T, K, D)}
     shapes |= {"state": (B, K, D)} if state else {}
-    inputs = {
-        name: torch.randn(shape, generator=rng, dtype=torch.float64)
-        for name, shape in shapes.items()
-    }
+    inputs = random_inputs(shapes, seed=seed)
     inputs["A"] *= 0.8 / K**0.5  # products of many stay near 1
     return cast(inputs, dtype)
 
 
-def make_resets(B, T, *starts):
-    """Return resets at `starts` in row 0, at every token in row 1, and nowhere else."""
-    resets = torch.zeros(B, T, dtype=torch.bool)
-    resets[0, list(starts)] = True
-    resets[1:2] = True
-    return resets
-
-
-def outputs_and_gradients(inputs, **options):
-    """Return h and the gradients of a random function of it."""
-    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    h = affine_scan(**leaves, **options)
-    # Numbers that every dtype holds, so that all of them start from the same gradient.
-    g = torch.randn(h.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(h.dtype)
-    gradients = torch.autograd.grad(h, list(leaves.values()), g)
-    results = {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
-    return results | {"h": h.detach()}
-
-
-def compare(inputs, **options):
-    """Compare eager in every dtype with the float64 reference of the same, rounded, inputs."""
-    for dtype, bound in BOUNDS.items():
-        rounded = cast(inputs, dtype)
-        actual = outputs_and_gradients(rounded, backend="eager", **options)
-        assert {x.dtype for x in actual.values()} == {dtype}
-        exact = cast(rounded, torch.float64)
-        assert_close(actual, outputs_and_gradients(exact, backend="reference", **options), bound)
+def run(**arguments):
+    return {"h": affine_scan(**arguments)}
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
@@ -99,7 +71,7 @@ def test_eager_equals_the_reference(reverse, K, kind):
     # 1, squares, powers of 2, primes: blocks of all sizes, whole or not.
     for T in (1, 2, 3, 4, 5, 9, 16, 17, 31, 37, 40):
         for state in (False, True):
-            compare(make_inputs(T=T, K=K, kind=kind, state=state), reverse=reverse)
+            compare(run, make_inputs(T=T, K=K, kind=kind, state=state), BOUNDS, reverse=reverse)
 
 
 @kinds
@@ -107,7 +79,7 @@ def test_eager_equals_the_reference(reverse, K, kind):
 def test_resets_at_every_place(reverse, K, kind):
     inputs = make_inputs(B=3, K=K, kind=kind)
     for starts in ([0], *([t] for t in range(1, 13)), [0, 1], [3, 4], [0, 4, 8, 12], [11, 12]):
-        compare(inputs, resets=make_resets(3, 13, *starts), reverse=reverse)
+        compare(run, inputs, BOUNDS, resets=make_resets(3, 13, *starts), reverse=reverse)
 
 
 @kinds
@@ -192,7 +164,7 @@ def test_any_shape(B, T, K, D, kind, state, reverse, reset_seed):
     resets = None
     if reset_seed is not None:
         resets = torch.rand(B, T, generator=torch.Generator().manual_seed(reset_seed)) < 0.2
-    compare(make_inputs(B, T, K, D, kind, state), resets=resets, reverse=reverse)
+    compare(run, make_inputs(B, T, K, D, kind, state), BOUNDS, resets=resets, reverse=reverse)
 
 
 BAD = {

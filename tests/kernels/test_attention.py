@@ -8,27 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megarec_kernels.attention import attention
 from megarec_kernels.attention.gpu import flex, flex_fits
+from op_cases import compare, make_resets, outputs_and_gradients, random_inputs
 
 # float32 and bfloat16: sums of rounded products, of a softmax computed in float32.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-7}
 
 
 def make_inputs(B=2, T=7, S=None, H=4, G=2, Dk=3, Dv=5, dtype=torch.float64, seed=0):
-    rng = torch.Generator().manual_seed(seed)
     S = S or T
     shapes = {"q": (B, T, H, Dk), "k": (B, S, G, Dk), "v": (B, S, G, Dv)}
-    return {
-        name: torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
-        for name, shape in shapes.items()
-    }
-
-
-def make_resets(B, T, *starts):
-    """Return resets at `starts` in row 0, at every token in row 1, and nowhere else."""
-    resets = torch.zeros(B, T, dtype=torch.bool)
-    resets[0, list(starts)] = True
-    resets[1:2] = True
-    return resets
+    return random_inputs(shapes, dtype, seed)
 
 
 def dense(q, k, v, resets=None, num_cached=None, window=None, scale=None):
@@ -51,26 +40,8 @@ def dense(q, k, v, resets=None, num_cached=None, window=None, scale=None):
     return torch.einsum("bhts,bshv->bthv", weights, v)
 
 
-def outputs_and_gradients(inputs, function=attention, **options):
-    """Return y and the gradients of a random function of it."""
-    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    y = function(**leaves, **options)
-    rng = torch.Generator().manual_seed(1)
-    # Numbers that every dtype holds, so that all of them start from the same gradient.
-    gradient = torch.randn(y.shape, generator=rng).bfloat16().to(y.dtype)
-    gradients = torch.autograd.grad(y, list(leaves.values()), gradient)
-    return {"y": y.detach()} | {f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}
-
-
-def compare(inputs, **options):
-    """Compare eager in every dtype with the float64 reference of the same, rounded, inputs."""
-    for dtype, bound in BOUNDS.items():
-        rounded = cast(inputs, dtype)
-        actual = outputs_and_gradients(rounded, backend="eager", **options)
-        assert {x.dtype for x in actual.values()} == {dtype}
-        exact = cast(rounded, torch.float64)
-        expected = outputs_and_gradients(exact, backend="reference", **options)
-        assert_close(actual, expected, bound)
+def run(function=attention, **arguments):
+    return {"y": function(**arguments)}
 
 
 CASES = {
@@ -89,7 +60,7 @@ CASES = {
 @pytest.mark.parametrize("window", [None, 1, 3, 100], ids=lambda w: f"window {w}")
 @pytest.mark.parametrize("shape", CASES.values(), ids=CASES.keys())
 def test_eager_equals_the_reference(shape, window):
-    compare(make_inputs(**shape), window=window)
+    compare(run, make_inputs(**shape), BOUNDS, window=window)
 
 
 @pytest.mark.parametrize(
@@ -108,15 +79,15 @@ def test_eager_equals_the_reference(shape, window):
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 def test_equals_softmax_with_a_mask(backend, options, shape):
     inputs = make_inputs(**shape)
-    expected = outputs_and_gradients(inputs, dense, **options)
-    assert_close(outputs_and_gradients(inputs, backend=backend, **options), expected, 1e-12)
+    expected = outputs_and_gradients(run, inputs, function=dense, **options)
+    assert_close(outputs_and_gradients(run, inputs, backend=backend, **options), expected, 1e-12)
 
 
 @pytest.mark.parametrize("S", [7, 10], ids=["no cache", "cache"])
 @pytest.mark.parametrize("window", [None, 3], ids=["all", "window"])
 @pytest.mark.parametrize("starts", [[0], [1], [3], [6], [0, 1], [2, 3], [2, 3, 4], [5, 6]], ids=str)
 def test_resets_at_every_place(starts, window, S):
-    compare(make_inputs(B=3, S=S), resets=make_resets(3, 7, *starts), window=window)
+    compare(run, make_inputs(B=3, S=S), BOUNDS, resets=make_resets(3, 7, *starts), window=window)
 
 
 @pytest.mark.parametrize("T", [1, 4])
@@ -124,7 +95,7 @@ def test_resets_at_every_place(starts, window, S):
 def test_only_some_cached_keys_count(window, T):
     inputs = make_inputs(B=5, T=T, S=T + 5)
     num_cached = torch.tensor([0, 1, 3, 5, 9])
-    compare(inputs, num_cached=num_cached, window=window)
+    compare(run, inputs, BOUNDS, num_cached=num_cached, window=window)
     other = cast(inputs, torch.float64)
     for row, count in enumerate(num_cached.tolist()):
         for name in "kv":
@@ -158,7 +129,7 @@ def test_gradients_stay_in_their_document_bitwise():
     other = {name: x.clone() for name, x in inputs.items()}
     for name in "qkv":
         other[name][:, :11] *= -100
-    first, second = (outputs_and_gradients(x, resets=resets) for x in (inputs, other))
+    first, second = (outputs_and_gradients(run, x, resets=resets) for x in (inputs, other))
     for name in first:
         assert torch.equal(first[name][:, 11:], second[name][:, 11:])
 
@@ -204,9 +175,9 @@ def test_gradcheck_of_the_reference():
 def test_huge_scores_stay_finite(resets):
     inputs = make_inputs(dtype=torch.float32)
     inputs["q"] *= 1e4
-    actual = outputs_and_gradients(inputs, resets=resets)
+    actual = outputs_and_gradients(run, inputs, resets=resets)
     exact = cast(inputs, torch.float64)
-    expected = outputs_and_gradients(exact, backend="reference", resets=resets)
+    expected = outputs_and_gradients(run, exact, backend="reference", resets=resets)
     assert_close({"y": actual["y"]}, {"y": expected["y"]}, 1e-5)
     assert all(x.isfinite().all() for x in actual.values())
 
@@ -256,9 +227,9 @@ def test_flex_equals_the_reference(uncompiled_flex, shape, options):
         return flex(uncompiled_flex, q, k, v, resets, num_cached, window, 0.4)
 
     for dtype in (torch.float64, torch.float32):
-        actual = outputs_and_gradients(cast(inputs, dtype), function, **options)
+        actual = outputs_and_gradients(run, cast(inputs, dtype), function=function, **options)
         exact = cast(cast(inputs, dtype), torch.float64)
-        expected = outputs_and_gradients(exact, backend="reference", scale=0.4, **options)
+        expected = outputs_and_gradients(run, exact, backend="reference", scale=0.4, **options)
         assert_close(actual, expected, BOUNDS[dtype])
 
 
@@ -289,7 +260,7 @@ def test_any_shape(B, T, cached, G, ratio, Dk, Dv, window, scale, seeds):
         rng = torch.Generator().manual_seed(seeds[1])
         num_cached = torch.randint(0, 8, (B,), generator=rng)
     inputs = make_inputs(B, T, T + cached, G * ratio, G, Dk, Dv)
-    compare(inputs, resets=resets, num_cached=num_cached, window=window, scale=scale)
+    compare(run, inputs, BOUNDS, resets=resets, num_cached=num_cached, window=window, scale=scale)
 
 
 BAD = {

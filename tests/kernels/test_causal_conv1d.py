@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from gla_cases import assert_close, cast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megarec_kernels.causal_conv1d import causal_conv1d
+from op_cases import compare, make_resets, random_inputs
 
 # In bfloat16 what is left is rounding, 2^-8 at most: of what y gives to a gradient, of what the
 # tail gives, and of their sum. All else is computed in float32.
@@ -16,44 +16,15 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 3 * 2**-8}
 
 
 def make_inputs(B=2, T=9, C=3, K=4, bias=True, tail=True, dtype=torch.float64, seed=0):
-    rng = torch.Generator().manual_seed(seed)
     shapes = {"x": (B, T, C), "weight": (C, K)}
     shapes |= {"bias": (C,)} if bias else {}
     shapes |= {"tail": (B, K - 1, C)} if tail else {}
-    return {
-        name: torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
-        for name, shape in shapes.items()
-    }
+    return random_inputs(shapes, dtype, seed)
 
 
-def make_resets(B, T, *starts):
-    """Return resets at `starts` in row 0, at every token in row 1, and nowhere else."""
-    resets = torch.zeros(B, T, dtype=torch.bool)
-    resets[0, list(starts)] = True
-    resets[1:2] = True
-    return resets
-
-
-def outputs_and_gradients(inputs, **options):
-    """Return y, the tail and the gradients of a random function of both."""
-    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    y, tail = causal_conv1d(**leaves, **options)
-    rng = torch.Generator().manual_seed(1)
-    # Numbers that every dtype holds, so that all of them start from the same gradient.
-    gradients = [torch.randn(x.shape, generator=rng).bfloat16().to(x.dtype) for x in (y, tail)]
-    gradients = torch.autograd.grad((y, tail), list(leaves.values()), gradients)
-    results = {"y": y.detach(), "tail after": tail.detach()}
-    return results | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
-
-
-def compare(inputs, **options):
-    """Compare eager in every dtype with the float64 reference of the same, rounded, inputs."""
-    for dtype, bound in BOUNDS.items():
-        rounded = cast(inputs, dtype)
-        actual = outputs_and_gradients(rounded, backend="eager", **options)
-        assert {x.dtype for x in actual.values()} == {dtype}
-        exact = cast(rounded, torch.float64)
-        assert_close(actual, outputs_and_gradients(exact, backend="reference", **options), bound)
+def run(**arguments):
+    y, tail = causal_conv1d(**arguments)
+    return {"y": y, "tail after": tail}
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
@@ -111,7 +82,7 @@ CASES = {
 )
 @pytest.mark.parametrize("shape", CASES.values(), ids=CASES.keys())
 def test_eager_equals_the_reference(shape, bias, tail, activation):
-    compare(make_inputs(**shape, bias=bias, tail=tail), activation=activation)
+    compare(run, make_inputs(**shape, bias=bias, tail=tail), BOUNDS, activation=activation)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +90,9 @@ def test_eager_equals_the_reference(shape, bias, tail, activation):
 )
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_resets_at_every_place(K, starts):
-    compare(make_inputs(K=K, B=3), resets=make_resets(3, 9, *starts), activation="silu")
+    compare(
+        run, make_inputs(K=K, B=3), BOUNDS, resets=make_resets(3, 9, *starts), activation="silu"
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
@@ -215,7 +188,7 @@ def test_any_shape(B, T, C, K, bias, tail, activation, reset_seed):
     resets = None
     if reset_seed is not None:
         resets = torch.rand(B, T, generator=torch.Generator().manual_seed(reset_seed)) < 0.3
-    compare(make_inputs(B, T, C, K, bias, tail), resets=resets, activation=activation)
+    compare(run, make_inputs(B, T, C, K, bias, tail), BOUNDS, resets=resets, activation=activation)
 
 
 BAD = {

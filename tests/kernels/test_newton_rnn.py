@@ -9,17 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megarec_kernels.newton_rnn import Cell, Solver, newton_rnn
 from newton_cells import CELLS, DenseHead, make_inputs
+from op_cases import make_resets
 
 EXACT = Solver(iterations=40, tolerance=1e-13, early_stop=True, on_failure="raise")
 cells = pytest.mark.parametrize("name", CELLS)
-
-
-def make_resets(B, T, *starts):
-    """Return resets at `starts` in row 0, at every token in row 1, and nowhere else."""
-    resets = torch.zeros(B, T, dtype=torch.bool)
-    resets[0, list(starts)] = True
-    resets[1:2] = True
-    return resets
 
 
 def outputs_and_gradients(cell, inputs, **options):

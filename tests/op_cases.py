@@ -1,0 +1,55 @@
+"""Random inputs and comparisons shared by the tests of ops: tensors in and out, by name."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from gla_cases import assert_close, cast
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+def random_inputs(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Tensors:
+    """Return normal numbers drawn in float64, then rounded."""
+    rng = torch.Generator().manual_seed(seed)
+    drawn = {k: torch.randn(s, generator=rng, dtype=torch.float64) for k, s in shapes.items()}
+    return cast(drawn, dtype)
+
+
+def make_resets(B: int, T: int, *starts: int) -> Tensor:
+    """Return resets at `starts` in row 0, at every token in row 1, and nowhere else."""
+    resets = torch.zeros(B, T, dtype=torch.bool)
+    resets[0, list(starts)] = True
+    resets[1:2] = True
+    return resets
+
+
+def outputs_and_gradients(run: Callable[..., Tensors], inputs: Tensors, **options: Any) -> Tensors:
+    """Return what `run(**inputs, **options)` does, and the gradients of a random function of it."""
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    outputs = run(**leaves, **options)
+    rng = torch.Generator().manual_seed(1)
+    # Numbers that every dtype holds, so that all of them start from the same gradient.
+    start = [torch.randn(x.shape, generator=rng).bfloat16().to(x.dtype) for x in outputs.values()]
+    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), start)
+    results = {name: x.detach() for name, x in outputs.items()}
+    return results | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def compare(
+    run: Callable[..., Tensors],
+    inputs: Tensors,
+    bounds: Mapping[torch.dtype, float],
+    **options: Any,
+) -> None:
+    """Compare eager in every dtype with the float64 reference of the same, rounded, inputs."""
+    for dtype, bound in bounds.items():
+        rounded = cast(inputs, dtype)
+        actual = outputs_and_gradients(run, rounded, backend="eager", **options)
+        assert {x.dtype for x in actual.values()} == {dtype}
+        exact = cast(rounded, torch.float64)
+        expected = outputs_and_gradients(run, exact, backend="reference", **options)
+        assert_close(actual, expected, bound)

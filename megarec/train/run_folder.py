@@ -17,7 +17,7 @@ import yaml
 
 import megarec
 from megarec.checkpoint.atomic import write_atomic
-from megarec.config.loader import read_yaml
+from megarec.config.loader import read_yaml, validate_config
 from megarec.errors import UserError
 
 HEARTBEAT_SECONDS = 10.0
@@ -83,7 +83,7 @@ class RunFolder:
         """
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         if self.config.exists() and not force:
-            old = _flatten(read_yaml(self.config))
+            old = _flatten(self._read_config())
             new = _flatten(yaml.safe_load(text))
             differences = [
                 f"{self.config}: {key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}; "
@@ -95,6 +95,14 @@ class RunFolder:
                 raise UserError(*differences)
         else:
             write_atomic(self.config, text)
+
+    def _read_config(self) -> dict[str, Any]:
+        """Return config.yaml, with the defaults of keys that megarec did not have back then."""
+        tree = read_yaml(self.config)
+        try:
+            return validate_config(tree, str(self.config)).model_dump(mode="json")
+        except UserError:
+            return tree  # The keys that it has and this version does not are among the differences.
 
     def write_info(self, *, device: str, world_size: int, **sizes: int) -> None:
         """Write run.json: versions, machine, world size and `sizes` (parameters, say)."""

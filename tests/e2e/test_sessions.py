@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from e2e_runs import STOP_STEP, held_out, losses, session, status
 from safetensors.torch import load_file
 
@@ -241,6 +242,18 @@ def test_a_changed_config_is_refused_with_the_difference(tmp_path: Path) -> None
     assert session(tmp_path, "run", train=short) == 0
     with pytest.raises(UserError, match=r"optimizer.lr: 0.003 -> 0.1"):
         session(tmp_path, "run", train=short, optimizer={"lr": 0.1})
+
+
+def test_keys_that_megarec_did_not_have_back_then_change_nothing(tmp_path: Path) -> None:
+    short = {"steps": 2}
+    assert session(tmp_path, "run", train=short) == 0
+    config = tmp_path / "run/config.yaml"
+    tree = yaml.safe_load(config.read_text())
+    del tree["imports"], tree["model"]["embedding_scale"]
+    config.write_text(yaml.safe_dump(tree))
+    assert session(tmp_path, "run", train=short) == 0
+    with pytest.raises(UserError, match=r"model.embedding_scale: 1.0 -> 2.0"):
+        session(tmp_path, "run", train=short, model={"embedding_scale": 2.0})
 
 
 def test_other_data_and_another_model_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from megarec_kernels.newton_rnn import Cell, ParaGRUCell
 
 import megarec.generation
 from megarec.config.loader import load_config
+from megarec.config.mixer import MixerConfig
 from megarec.config.model import ModelConfig
 from megarec.conversion import export_hf, import_hf, load_model
 from megarec.conversion.target import target_for_export, target_for_import
@@ -323,19 +325,18 @@ def test_infinity_is_written_as_json(tmp_path: Path) -> None:
     assert import_hf(tmp_path / "again")[0] == config
 
 
-class OtherConfig(NewtonMixerConfig):
-    """A cell from outside."""
-
-    type: Literal["other_cell"] = "other_cell"
-    cell: ClassVar[Cell] = ParaGRUCell()
-
-
 def test_what_a_modeling_file_lacks_is_named(tmp_path: Path) -> None:
-    mixers = {"a": {"type": "attention", "num_heads": 4}, "o": {"type": "other_cell"}, "g": GRU}
-    blocks = {name: {"mixer": mixer} for name, mixer in mixers.items()}
-    config = para_config(blocks=blocks, pattern="aog")
+    with patch.dict(MixerConfig.members):
+
+        class OtherConfig(NewtonMixerConfig):
+            type: Literal["other_cell"] = "other_cell"
+            cell: ClassVar[Cell] = ParaGRUCell()
+
+        mixers = {"a": {"type": "attention", "num_heads": 4}, "o": {"type": "other_cell"}, "g": GRU}
+        blocks = {name: {"mixer": mixer} for name, mixer in mixers.items()}
+        model = random_model(para_config(blocks=blocks, pattern="aog"))
     with pytest.raises(UserError) as caught:
-        export_hf(random_model(config), tmp_path / "out")
+        export_hf(model, tmp_path / "out")
     own = [line for line in caught.value.lines if f"export to {MODEL_TYPE}: " in line]
     assert own == [
         f"export to {MODEL_TYPE}: blocks.{name}.mixer.type={kind}: {FILE} has para_gru, para_lstm "

@@ -27,13 +27,17 @@ def make_resets(B: int, T: int, *starts: int) -> Tensor:
     return resets
 
 
+def start_gradients(outputs: Tensors) -> list[Tensor]:
+    """Return random gradients of outputs, of numbers that every dtype holds."""
+    rng = torch.Generator().manual_seed(1)
+    return [torch.randn(x.shape, generator=rng).bfloat16().to(x.dtype) for x in outputs.values()]
+
+
 def outputs_and_gradients(run: Callable[..., Tensors], inputs: Tensors, **options: Any) -> Tensors:
     """Return what `run(**inputs, **options)` does, and the gradients of a random function of it."""
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     outputs = run(**leaves, **options)
-    rng = torch.Generator().manual_seed(1)
-    # Numbers that every dtype holds, so that all of them start from the same gradient.
-    start = [torch.randn(x.shape, generator=rng).bfloat16().to(x.dtype) for x in outputs.values()]
+    start = start_gradients(outputs)
     gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), start)
     results = {name: x.detach() for name, x in outputs.items()}
     return results | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}

@@ -37,7 +37,8 @@ def test_runs_resume_and_learn(runs: list[Path]) -> None:
         assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
         bits = [r["valid/shakespeare/bits_per_byte"] for r in records
                 if "valid/shakespeare/loss" in r]  # fmt: skip
-        assert bits[-1] < bits[0] - 1
+        # ParaRNN's recipes have a smaller model and learn less in as many steps.
+        assert bits[-1] < bits[0] - (1 if "para" in run.name else 3)
         assert json.loads((run / "status.json").read_text())["state"] == "done"
 
 

@@ -49,3 +49,15 @@ def test_the_gates_keep_float32() -> None:
     names = [name for name, _ in mixer.named_parameters()]
     kept = {name for name in names if name.startswith(mixer.float32_modules)}
     assert kept == {f"gates.{g}.{leaf}" for g in ("igate", "fgate") for leaf in ("weight", "bias")}
+
+
+def test_bfloat16_keeps_gates_and_state_in_float32() -> None:
+    ids = torch.randint(61, (2, 21), generator=torch.Generator().manual_seed(0))
+    model = random_model().bfloat16()
+    for block in model.blocks.values():
+        block.mixer.gates.float()
+    logits, state = model(ids, return_state=True)
+    assert logits.dtype == torch.float32
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    wide = random_model()(ids)
+    assert (logits - wide).square().mean().sqrt() < 0.05 * wide.square().mean().sqrt()

@@ -100,12 +100,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {MODEL + name: tensor.detach() for tensor, name in _names(model).items()}
 
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return ``model_tensors`` and ``optimizer.<parameter>.{step, exp_avg, exp_avg_sq}``.
 
-    All are live: reading into the result restores model and optimizer. State that AdamW has not
-    made yet, because it makes it at a parameter's first update, is made here, as zeros. Learning
-    rate and the like are not state: they come from the config and the step.
+    All are live: reading into the result restores model and optimizer. State that the optimizer
+    has not made yet, because it makes it at a parameter's first update, is made here, as zeros.
+    Learning rate and the like are not state: they come from the config and the step.
     """
     names = _names(model)
     tensors = {MODEL + name: tensor.detach() for tensor, name in names.items()}
@@ -129,8 +129,8 @@ def _names(model: nn.Module) -> dict[Tensor, str]:
 
 
 def _initial_state(parameter: Tensor, group: dict[str, object]) -> dict[str, Tensor]:
-    # AdamW keeps its step counter on the CPU, unless the update runs on the device as a whole.
-    on_device = bool(group["fused"] or group["capturable"])
+    # The step counter is on the CPU, unless AdamW's update runs on the device as a whole.
+    on_device = bool(group.get("fused") or group.get("capturable"))
     return {
         "step": torch.zeros((), device=parameter.device if on_device else "cpu"),
         "exp_avg": torch.zeros_like(parameter),

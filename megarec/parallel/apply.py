@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from megarec.config.model import ModelConfig
 from megarec.config.schema import Config
 from megarec.models.backbone import Backbone
-from megarec.optim.adamw import freeze
+from megarec.optim.build import freeze
 
 
 def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) -> Backbone:

@@ -21,7 +21,7 @@ from megarec.data.tokenizer import load_tokenizer
 from megarec.device import device_name
 from megarec.errors import EXIT_PREEMPTED, RunError, UserError
 from megarec.models.backbone import Backbone
-from megarec.optim.adamw import learning_rate_scales
+from megarec.optim.build import learning_rate_scales
 from megarec.parallel.apply import build_frozen_model, build_sharded_model
 from megarec.parallel.mesh import build_mesh
 from megarec.parallel.plan import plan

@@ -19,7 +19,7 @@ from megarec.errors import RunError
 from megarec.evaluation.loss import evaluate_loss
 from megarec.models.backbone import Backbone
 from megarec.models.context import Context
-from megarec.optim.adamw import build_optimizer, set_learning_rate
+from megarec.optim.build import build_optimizer, set_learning_rate
 from megarec.optim.clip import clip_gradients, gradient_norm
 from megarec.optim.schedule import learning_rate
 from megarec.train.environment import Environment
@@ -42,7 +42,7 @@ class Trainer:
     Attributes:
         state: the counters.
         folder: where the run lives.
-        model, optimizer: the sharded model and its AdamW.
+        model, optimizer: the sharded model and its optimizer.
         objective: what is minimised.
     """
 

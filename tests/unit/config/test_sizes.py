@@ -5,7 +5,7 @@ import torch
 
 from megarec.config.loader import load_config
 from megarec.models import Backbone
-from megarec.optim.adamw import is_decayed
+from megarec.optim.build import is_decayed
 from megarec.parallel.describe import describe
 
 

@@ -13,7 +13,7 @@ from megarec.config.model import ModelConfig
 from megarec.models import build_model
 from megarec.models.context import Context
 from megarec.models.mixers.mamba2 import Mamba2, Mamba2Config
-from megarec.optim.adamw import is_decayed
+from megarec.optim.build import is_decayed
 
 
 def config(d_model: int = 24, num_layers: int = 1, **mixer: Any) -> ModelConfig:

@@ -17,7 +17,7 @@ from megarec.errors import UserError
 from megarec.models import build_model
 from megarec.models.context import Context
 from megarec.models.mixers.para_rnn import NewtonMixer, NewtonMixerConfig
-from megarec.optim.adamw import is_decayed
+from megarec.optim.build import is_decayed
 
 TYPES = ("para_gru", "para_lstm")
 types = pytest.mark.parametrize("kind", TYPES)

@@ -6,7 +6,7 @@ from small import random_model
 
 from megarec.config.schema import OptimizerConfig
 from megarec.errors import UserError
-from megarec.optim.adamw import build_optimizer, freeze, learning_rate_scales, set_learning_rate
+from megarec.optim.build import build_optimizer, freeze, learning_rate_scales, set_learning_rate
 
 
 def test_the_first_glob_that_matches_counts() -> None:

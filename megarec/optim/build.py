@@ -1,4 +1,4 @@
-"""AdamW with the weight-decay mask and a learning-rate factor for each parameter."""
+"""The optimizer of a model: what decays, learning-rate factors by name, and what is frozen."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -48,7 +48,7 @@ def freeze(model: nn.Module, config: OptimizerConfig) -> None:
         parameters[name].requires_grad_(scale > 0)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Build AdamW over the final (sharded) parameters that train, fused where torch has it."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     scales = learning_rate_scales(dict(model.named_parameters()), config)

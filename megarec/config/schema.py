@@ -1,6 +1,6 @@
 """The schema of a training run: every section, its defaults, and the rules between them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,13 +8,13 @@ from megarec.config.base import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
-    Pair,
     PositiveFloat,
     PositiveInt,
     StrictModel,
     Tuple,
 )
 from megarec.config.model import ModelConfig
+from megarec.config.stack import LoopedConfig
 
 
 class SourceConfig(StrictModel):
@@ -62,20 +62,45 @@ class TokenizerConfig(StrictModel):
     path: str = "byte"
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(StrictModel):
-    """AdamW with decoupled weight decay (arXiv 1711.05101) on matrices; `grad_clip` is a norm.
+    """The optimizer, with decoupled weight decay on matrices; `grad_clip` is a norm.
+
+    `adamw` (arXiv 1711.05101) takes lr * `weight_decay` of a weight each step. `ellis_adam`
+    (Huginn, arXiv 2502.05171) takes `weight_decay` itself at the peak learning rate, and in
+    proportion elsewhere on the schedule; what is not given is 4e-5, and 1e-6 for `eps`.
+    `decay_embeddings` has the embedding decay as well.
 
     `lr_scale` maps globs of parameter names (`blocks.3.mixer.*`) to factors on the learning rate;
     the first that matches counts, and 0 freezes.
     """
 
-    type: Literal["adamw"] = "adamw"
+    type: Literal["adamw", "ellis_adam"] = "adamw"
     lr: PositiveFloat
-    betas: Pair = (0.9, 0.95)
+    betas: Annotated[tuple[Beta, Beta], Tuple] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
+    decay_embeddings: bool = False
     grad_clip: PositiveFloat | None = 1.0
     lr_scale: dict[str, NonNegativeFloat] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_type(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") == "ellis_adam":
+            return {"eps": 1e-6, "weight_decay": 4e-5} | values
+        return values
+
+    @model_validator(mode="after")
+    def _decay_leaves_something(self) -> "OptimizerConfig":
+        if self.type == "ellis_adam" and self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay={self.weight_decay:g}: ellis_adam multiplies weights by "
+                "1 - weight_decay; expected a number below 1, AdamW's lr * weight_decay say"
+            )
+        return self
 
 
 class ScheduleConfig(StrictModel):
@@ -119,12 +144,16 @@ class TrainConfig(StrictModel):
 
 
 class ParallelConfig(StrictModel):
-    """Data parallelism: parameters sharded `dp_shard` ways (-1: what is left) and replicated."""
+    """Data parallelism: parameters sharded `dp_shard` ways (-1: what is left) and replicated.
+
+    `activation_checkpointing` recomputes each block (`full`), or each recurrence of a looped stack
+    as a whole (`recurrence`).
+    """
 
     dp_replicate: PositiveInt = 1
     dp_shard: Annotated[int, Field(ge=-1)] = -1
     reshard_after_forward: bool = True
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "full", "recurrence"] = "none"
 
     @model_validator(mode="after")
     def _not_zero(self) -> "ParallelConfig":
@@ -151,10 +180,14 @@ class CheckpointConfig(StrictModel):
 
 
 class EvaluationConfig(StrictModel):
-    """Loss on data.valid every so many steps (null: only at the start and the end)."""
+    """Loss on data.valid every so many steps (null: only at the start and the end).
+
+    `num_recurrences`: of a looped stack, also the loss at each of these.
+    """
 
     every: PositiveInt | None = None
     max_samples: PositiveInt | None = None
+    num_recurrences: Annotated[tuple[PositiveInt, ...], Tuple] = ()
 
 
 class WandbConfig(StrictModel):
@@ -233,6 +266,16 @@ class Config(StrictModel):
                 f"train: micro_batch_size={self.train.micro_batch_size} does not divide "
                 f"global_batch_size={self.train.global_batch_size}"
             )
+        if not isinstance(self.model.stack, LoopedConfig):
+            looped = {
+                "parallel.activation_checkpointing=recurrence": (
+                    self.parallel.activation_checkpointing == "recurrence"
+                ),
+                "evaluation.num_recurrences": bool(self.evaluation.num_recurrences),
+            }
+            for key, given in looped.items():
+                if given:
+                    raise ValueError(f"{key}: model.stack is not looped; leave it out")
         longest = self.model.max_seq_len
         if longest is not None and self.train.seq_len > longest:
             raise ValueError(

@@ -8,16 +8,17 @@ from torch import nn
 
 from megarec.config.schema import OptimizerConfig
 from megarec.errors import UserError
+from megarec.optim.ellis_adam import ELLISAdam
 
 
-def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether weight decay applies: to matrices, but not to embeddings and biases.
+def is_decayed(name: str, parameter: nn.Parameter, *, embeddings: bool = False) -> bool:
+    """Tell whether weight decay applies: to matrices, but not to biases, nor as a rule embeddings.
 
     Norm scales, most biases and per-head parameters are vectors (the mask of xLSTM 7B,
-    arXiv 2503.13427).
+    arXiv 2503.13427; with `embeddings` that of Huginn, 2502.05171). A tied head is the embedding.
     """
     is_bias = name.rpartition(".")[2] == "bias"
-    return parameter.ndim >= 2 and not is_bias and not name.startswith("embedding.")
+    return parameter.ndim >= 2 and not is_bias and (embeddings or not name.startswith("embedding."))
 
 
 def learning_rate_scales(names: Iterable[str], config: OptimizerConfig) -> dict[str, float]:
@@ -49,27 +50,25 @@ def freeze(model: nn.Module, config: OptimizerConfig) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build AdamW over the final (sharded) parameters that train, fused where torch has it."""
+    """Build the optimizer over the final (sharded) parameters that train, at its peak lr."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     scales = learning_rate_scales(dict(model.named_parameters()), config)
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        key = is_decayed(name, parameter), scales[name]
-        groups.setdefault(key, []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": members,
-                "weight_decay": config.weight_decay if decayed else 0.0,
-                "lr_scale": scale,
-            }
-            for (decayed, scale), members in groups.items()
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+        decayed = is_decayed(name, parameter, embeddings=config.decay_embeddings)
+        groups.setdefault((decayed, scales[name]), []).append(parameter)
+    param_groups = [
+        {
+            "params": members,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            "lr": config.lr * scale,
+            "lr_scale": scale,
+        }
+        for (decayed, scale), members in groups.items()
+    ]
+    if config.type == "ellis_adam":
+        return ELLISAdam(param_groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(param_groups, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -14,7 +14,6 @@ from megarec.config.base import (
     Tuple,
 )
 from megarec.config.model import ModelConfig
-from megarec.config.stack import LoopedConfig
 
 
 class SourceConfig(StrictModel):
@@ -144,16 +143,12 @@ class TrainConfig(StrictModel):
 
 
 class ParallelConfig(StrictModel):
-    """Data parallelism: parameters sharded `dp_shard` ways (-1: what is left) and replicated.
-
-    `activation_checkpointing` recomputes each block (`full`), or each recurrence of a looped stack
-    as a whole (`recurrence`).
-    """
+    """Data parallelism: parameters sharded `dp_shard` ways (-1: what is left) and replicated."""
 
     dp_replicate: PositiveInt = 1
     dp_shard: Annotated[int, Field(ge=-1)] = -1
     reshard_after_forward: bool = True
-    activation_checkpointing: Literal["none", "full", "recurrence"] = "none"
+    activation_checkpointing: Literal["none", "full"] = "none"
 
     @model_validator(mode="after")
     def _not_zero(self) -> "ParallelConfig":
@@ -180,14 +175,10 @@ class CheckpointConfig(StrictModel):
 
 
 class EvaluationConfig(StrictModel):
-    """Loss on data.valid every so many steps (null: only at the start and the end).
-
-    `num_recurrences`: of a looped stack, also the loss at each of these.
-    """
+    """Loss on data.valid every so many steps (null: only at the start and the end)."""
 
     every: PositiveInt | None = None
     max_samples: PositiveInt | None = None
-    num_recurrences: Annotated[tuple[PositiveInt, ...], Tuple] = ()
 
 
 class WandbConfig(StrictModel):
@@ -266,16 +257,6 @@ class Config(StrictModel):
                 f"train: micro_batch_size={self.train.micro_batch_size} does not divide "
                 f"global_batch_size={self.train.global_batch_size}"
             )
-        if not isinstance(self.model.stack, LoopedConfig):
-            looped = {
-                "parallel.activation_checkpointing=recurrence": (
-                    self.parallel.activation_checkpointing == "recurrence"
-                ),
-                "evaluation.num_recurrences": bool(self.evaluation.num_recurrences),
-            }
-            for key, given in looped.items():
-                if given:
-                    raise ValueError(f"{key}: model.stack is not looped; leave it out")
         longest = self.model.max_seq_len
         if longest is not None and self.train.seq_len > longest:
             raise ValueError(

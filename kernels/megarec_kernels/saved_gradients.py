@@ -5,17 +5,15 @@ from typing import Any
 from torch import Tensor
 
 
-def save_gradients(ctx: Any, dx: Tensor | None, dweight: Tensor | None, weight: Tensor) -> None:
-    """Keep the gradients for a loss gradient of 1; `dweight` may be wider than the weight."""
-    ctx.save_for_backward(dx, dweight)
-    ctx.weight_dtype = weight.dtype
+def save_gradients(ctx: Any, *pairs: tuple[Tensor | None, Tensor | None]) -> None:
+    """Keep gradients for a loss gradient of 1, each with its input; they may be wider than it."""
+    ctx.save_for_backward(*(gradient for gradient, _ in pairs))
+    ctx.dtypes = [None if of is None else of.dtype for _, of in pairs]
 
 
-def scaled_gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of x and weight."""
-    dx, dweight = ctx.saved_tensors
-    if dx is not None:
-        dx = dx * dloss
-    if dweight is not None:
-        dweight = (dweight * dloss).to(ctx.weight_dtype)
-    return dx, dweight
+def scaled_gradients(ctx: Any, dloss: Tensor) -> list[Tensor | None]:
+    """Return the gradients, in the dtypes of the inputs."""
+    return [
+        None if gradient is None else (gradient * dloss).to(dtype)
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    ]

@@ -11,6 +11,7 @@ from megarec.config.base import (
     StrictModel,
 )
 from megarec.config.mixer import MixerConfig
+from megarec.config.stack import SequentialConfig, StackConfig, repeated
 
 
 def _names(value: Any) -> Any:
@@ -48,13 +49,19 @@ class BlockConfig(StrictModel):
     """One kind of block: x += s * mixer(norm(x)), then x += s * ffn(norm(x)).
 
     Either may be missing, as in Nemotron-H, whose every layer holds one of the two.
-    `residual_scale` is s. `learned_skip` multiplies the x that the mixer's output is added to by
+    `norm_placement`, n and n' being norms and f the mixer or the FFN: `pre` is x + s f(n(x));
+    `post` n'(x + s f(x)), as in the first transformers; `sandwich` n'(x + s f(n(x))), as in Huginn
+    (arXiv 2502.05171); `peri` x + s n'(f(n(x))) (arXiv 2502.02732), as in Gemma 2 and Ouro.
+    `residual_scale` is s; `layer_scale` makes it a learned weight a channel beside, at first this
+    (arXiv 2103.17239). `learned_skip` multiplies the x that the mixer's output is added to by
     a learned weight a channel, at first 1 (ParaRNN, arXiv 2510.21450, App. C.1).
     """
 
     mixer: SerializeAsAny[MixerConfig] | None = None
     ffn: FFNConfig | None = None
+    norm_placement: Literal["pre", "post", "sandwich", "peri"] = "pre"
     residual_scale: PositiveFloat = 1.0
+    layer_scale: PositiveFloat | None = None
     learned_skip: bool = False
 
     @model_validator(mode="after")
@@ -69,18 +76,14 @@ class BlockConfig(StrictModel):
         """Return the number of parameters, norms included."""
         parts = [part for part in (self.mixer, self.ffn) if part is not None]
         skip = d_model if self.learned_skip else 0
-        return skip + sum(d_model + part.num_params(d_model) for part in parts)
+        norms = 2 if self.norm_placement in ("sandwich", "peri") else 1
+        vectors = norms + (self.layer_scale is not None)
+        return skip + sum(vectors * d_model + part.num_params(d_model) for part in parts)
 
     def flops_per_token(self, d_model: int, seq_len: int) -> float:
         """Return the FLOPs of the forward pass, per token (norms are not counted)."""
         mixer = 0.0 if self.mixer is None else self.mixer.flops_per_token(d_model, seq_len)
         return mixer + (0.0 if self.ffn is None else self.ffn.flops_per_token(d_model))
-
-
-class StackConfig(StrictModel):
-    """How the blocks are arranged; `sequential` runs each once, in order."""
-
-    type: Literal["sequential"] = "sequential"
 
 
 class HeadConfig(StrictModel):
@@ -106,16 +109,18 @@ class NormConfig(StrictModel):
 
 
 class InitConfig(StrictModel):
-    """Standard deviations of the normal initialisation of weight matrices.
+    """The normal initialisation of weight matrices, `cut` at so many standard deviations if at all.
 
     `std`: a number, or `small` = sqrt(2 / (5 d_model)) (arXiv 1910.05895). `out_std`, for the
     matrices that write to the residual stream: a number, `wang` = 2 / num_layers / sqrt(d_model)
     (mesh-transformer-jax; used by GPT-NeoX, arXiv 2204.06745), or `depth` = std /
-    sqrt(2 num_layers) (GPT-2; used by Megatron-LM).
+    sqrt(2 num_layers) (GPT-2; used by Megatron-LM). In a looped stack a layer counts as often as
+    it runs (arXiv 2502.05171, section 4.1).
     """
 
     std: PositiveFloat | Literal["small"] = "small"
     out_std: PositiveFloat | Literal["wang", "depth"] = "wang"
+    cut: PositiveFloat | None = None
 
 
 class ModelConfig(StrictModel):
@@ -132,7 +137,7 @@ class ModelConfig(StrictModel):
     blocks: Annotated[dict[str, BlockConfig], Field(min_length=1)]
     pattern: Annotated[tuple[str, ...], BeforeValidator(_names), Field(min_length=1)]
     embedding_scale: PositiveFloat = 1.0
-    stack: StackConfig = StackConfig()
+    stack: SerializeAsAny[StackConfig] = SequentialConfig()
     head: HeadConfig = HeadConfig()
     norm: NormConfig = NormConfig()
     init: InitConfig = InitConfig()
@@ -140,6 +145,7 @@ class ModelConfig(StrictModel):
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelConfig":
         problems = self._pattern_problems()
+        problems += [f"stack.{line}" for line in self.stack.problems(self.num_layers)]
         for name, block in self.blocks.items():
             if block.mixer is not None:
                 where = f"blocks.{name}.mixer"
@@ -183,18 +189,40 @@ class ModelConfig(StrictModel):
         """The block of each layer, first to last."""
         return [self.blocks[self.pattern[i % len(self.pattern)]] for i in range(self.num_layers)]
 
+    @property
+    def runs(self) -> list[BlockConfig]:
+        """The block of each run of a forward pass; a looped core's stand here several times."""
+        times = self.stack.times_run(self.num_layers)
+        return [block for block, n in zip(self.layers, times, strict=True) for _ in range(int(n))]
+
     def num_params(self) -> int:
         """Return the number of parameters of the model; tied embeddings count once."""
         embedding = self.vocab_size * self.d_model
         head = 0 if self.head.tie_embeddings else embedding
         blocks = sum(block.num_params(self.d_model) for block in self.layers)
-        return embedding + blocks + self.d_model + head
+        beside = self.stack.num_params(self.d_model) + self.d_model
+        return embedding + blocks + beside + head
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """Return the FLOPs of one training step per token: forward, and twice that backward."""
-        blocks = sum(block.flops_per_token(self.d_model, seq_len) for block in self.layers)
-        return 3.0 * (blocks + 2.0 * self.vocab_size * self.d_model)
+    def flops_per_token(self, seq_len: int, num_recurrences: float | None = None) -> float:
+        """Return the FLOPs of one training step per token: forward, and twice that backward.
+
+        `num_recurrences` is that of a looped stack, by default its mean in training.
+        """
+        stack, depth = self.stack, self.num_layers
+        if num_recurrences is None:
+            num_recurrences = stack.training_recurrences()
+        blocks = [block.flops_per_token(self.d_model, seq_len) for block in self.layers]
+        forward = repeated(blocks, stack.times_run(depth, num_recurrences))
+        trained = repeated(blocks, stack.times_trained(depth, num_recurrences))
+        beside = stack.flops_per_token(self.d_model, num_recurrences)
+        beside += 2.0 * self.vocab_size * self.d_model
+        return forward + 2.0 * trained + 3.0 * beside
 
     def state_bytes(self, seq_len: int) -> int:
         """Return the bytes of one sequence's decoding state after seq_len tokens."""
-        return sum(mixer.state_bytes(self.d_model, seq_len) for mixer in self.mixers)
+        blocks = [
+            0 if block.mixer is None else block.mixer.state_bytes(self.d_model, seq_len)
+            for block in self.layers
+        ]
+        kept = self.stack.states_kept(self.num_layers)
+        return sum(b * n for b, n in zip(blocks, kept, strict=True)) + self.stack.state_bytes()

@@ -14,6 +14,7 @@ from megarec.config.base import (
     Tuple,
 )
 from megarec.config.model import ModelConfig
+from megarec.config.stack import LoopedConfig
 
 
 class SourceConfig(StrictModel):
@@ -143,12 +144,16 @@ class TrainConfig(StrictModel):
 
 
 class ParallelConfig(StrictModel):
-    """Data parallelism: parameters sharded `dp_shard` ways (-1: what is left) and replicated."""
+    """Data parallelism: parameters sharded `dp_shard` ways (-1: what is left) and replicated.
+
+    `activation_checkpointing` recomputes each block (`full`), or each recurrence of a looped stack
+    as a whole (`recurrence`).
+    """
 
     dp_replicate: PositiveInt = 1
     dp_shard: Annotated[int, Field(ge=-1)] = -1
     reshard_after_forward: bool = True
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "full", "recurrence"] = "none"
 
     @model_validator(mode="after")
     def _not_zero(self) -> "ParallelConfig":
@@ -175,10 +180,14 @@ class CheckpointConfig(StrictModel):
 
 
 class EvaluationConfig(StrictModel):
-    """Loss on data.valid every so many steps (null: only at the start and the end)."""
+    """Loss on data.valid every so many steps (null: only at the start and the end).
+
+    `num_recurrences`: of a looped stack, also the loss at each of these.
+    """
 
     every: PositiveInt | None = None
     max_samples: PositiveInt | None = None
+    num_recurrences: Annotated[tuple[PositiveInt, ...], Tuple] = ()
 
 
 class WandbConfig(StrictModel):
@@ -257,6 +266,15 @@ class Config(StrictModel):
                 f"train: micro_batch_size={self.train.micro_batch_size} does not divide "
                 f"global_batch_size={self.train.global_batch_size}"
             )
+        of_loops = {
+            "parallel.activation_checkpointing=recurrence": (
+                self.parallel.activation_checkpointing == "recurrence"
+            ),
+            "evaluation.num_recurrences": self.evaluation.num_recurrences != (),
+        }
+        given = [key for key, is_given in of_loops.items() if is_given]
+        if given and not isinstance(self.model.stack, LoopedConfig):
+            raise ValueError(f"{', '.join(given)}: model.stack is not looped; leave it out")
         longest = self.model.max_seq_len
         if longest is not None and self.train.seq_len > longest:
             raise ValueError(

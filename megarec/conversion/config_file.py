@@ -126,6 +126,8 @@ def rope_keys(rope: RotaryConfig) -> dict[str, Any]:
 def rope_obstacles(rope: RotaryConfig) -> list[str]:
     """Name what transformers' Llama-like classes lack of a RoPE."""
     problems = []
+    if rope.interleaved:
+        problems.append("interleaved=true: the architecture turns the two halves of a head")
     if rope.fraction != 1:
         problems.append(f"fraction={rope.fraction}: the architecture turns all of a head")
     if rope.scaling is not None and rope.scaling.type not in SCALINGS:

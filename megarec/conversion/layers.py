@@ -13,7 +13,12 @@ from megarec.conversion.config_file import (
     rope_keys,
     rope_obstacles,
 )
-from megarec.conversion.target import Target, scale_obstacles, skip_obstacles
+from megarec.conversion.target import (
+    Target,
+    residual_obstacles,
+    scale_obstacles,
+    stack_obstacles,
+)
 from megarec.models.mixers.attention import AttentionConfig
 from megarec.models.mixers.mamba2 import Mamba2Config
 
@@ -59,7 +64,7 @@ class LayeredTarget(Target):
     def obstacles(self, config: ModelConfig) -> list[str]:
         """Name what the architecture lacks; see Target."""
         blocks = {name: config.blocks[name] for name in config.pattern}
-        problems = [
+        problems = stack_obstacles(config) + [
             f"blocks.{name}.{line}"
             for name, block in blocks.items()
             for line in self._block_obstacles(block, config)
@@ -77,7 +82,7 @@ class LayeredTarget(Target):
         return problems + ([] if self.has_factors else scale_obstacles(config))
 
     def _block_obstacles(self, block: BlockConfig, config: ModelConfig) -> list[str]:
-        problems = []
+        problems = residual_obstacles(block)
         parts = tuple(part for part in ("mixer", "ffn") if getattr(block, part) is not None)
         if parts not in self.layouts:
             wanted = " or ".join(" and ".join(layout) for layout in self.layouts)
@@ -87,7 +92,6 @@ class LayeredTarget(Target):
             problems.append(f"ffn.type={block.ffn.type}: the architecture has {known} only")
         if block.mixer is None:
             return problems
-        problems += skip_obstacles(block)
         if block.mixer.type not in self.keys:
             known = ", ".join(self.keys)
             line = f"mixer.type={block.mixer.type}: the architecture has {known} only"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from megarec.config.base import PositiveInt
 from megarec.config.model import ModelConfig
 from megarec.conversion.config_file import INFINITY, ConfigFile
-from megarec.conversion.target import Target
+from megarec.conversion.target import Target, residual_obstacles, stack_obstacles
 from megarec.errors import UserError
 
 BLOCK_NAMES = (
@@ -58,9 +58,14 @@ class OwnTarget(Target):
     block_names = {name: name for name in BLOCK_NAMES}
 
     def obstacles(self, config: ModelConfig) -> list[str]:
-        """Name the mixers that the modeling file does not have; see Target."""
-        mixers = {name: config.blocks[name].mixer for name in config.pattern}
-        return [
+        """Name what the modeling file does not have; see Target."""
+        blocks = {name: config.blocks[name] for name in config.pattern}
+        mixers = {name: block.mixer for name, block in blocks.items()}
+        problems = stack_obstacles(config)
+        for name, block in blocks.items():
+            without_skip = block.model_copy(update={"learned_skip": False})
+            problems += [f"blocks.{name}.{line}" for line in residual_obstacles(without_skip)]
+        return problems + [
             f"blocks.{name}.mixer.type={mixer.type}: {self.modeling_file} has "
             f"{', '.join(self.mixers)} only"
             for name, mixer in mixers.items()

@@ -175,10 +175,29 @@ def scale_obstacles(config: ModelConfig) -> list[str]:
     ]
 
 
-def skip_obstacles(block: BlockConfig) -> list[str]:
-    """Name the learned skip of a block, for an architecture that has none."""
-    skip = "learned_skip=true: the architecture adds to x as it is, without a weight a channel"
-    return [skip] if block.learned_skip else []
+def residual_obstacles(block: BlockConfig) -> list[str]:
+    """Name what is special about a block's residual stream, for a pre-norm architecture."""
+    problems = []
+    if block.learned_skip:
+        problems.append(
+            "learned_skip=true: the architecture adds to x as it is, without a weight a channel"
+        )
+    if block.norm_placement != "pre":
+        problems.append(
+            f"norm_placement={block.norm_placement}: the architecture has norms before mixers and "
+            "FFNs only"
+        )
+    if block.layer_scale is not None:
+        problems.append(
+            f"layer_scale={block.layer_scale}: the architecture has no weight a channel there"
+        )
+    return problems
+
+
+def stack_obstacles(config: ModelConfig) -> list[str]:
+    """Name a stack that is not sequential, for an architecture that runs each layer once."""
+    kind = config.stack.type
+    return [] if kind == "sequential" else [f"stack={kind}: the architecture runs each layer once"]
 
 
 def target_for_export(config: ModelConfig, model_type: str | None = None) -> Target:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,11 +15,15 @@ from megarec.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a batch: ``input_ids`` int64, ``labels`` int64, ``doc_ids`` int32, all (B, T)."""
+    """Rows of a batch: ``input_ids`` int64, ``labels`` int64, ``doc_ids`` int32, all (B, T).
+
+    In training ``first`` is the number of the first row in the stream of samples.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     doc_ids: torch.Tensor
+    first: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -29,7 +33,10 @@ class Batch:
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of one length to a batch."""
-    return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*samples, strict=True)))
+    input_ids, labels, doc_ids = (
+        torch.from_numpy(np.stack(column)) for column in zip(*samples, strict=True)
+    )
+    return Batch(input_ids, labels, doc_ids)
 
 
 def accumulation_steps(global_batch_size: int, micro_batch_size: int, data_ranks: int) -> int:
@@ -91,7 +98,8 @@ class TrainLoader:
 
     def _collate(self, start: int) -> Batch:
         indices = range(start, start + self._micro_batch_size)
-        return collate([self._dataset.sample(index) for index in indices])
+        batch = collate([self._dataset.sample(index) for index in indices])
+        return replace(batch, first=start)
 
 
 class FiniteSource(Protocol):

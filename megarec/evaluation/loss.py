@@ -36,6 +36,7 @@ def evaluate_loss(
     loader: EvalLoader,
     device: torch.device,
     sum_over_ranks: Callable[[Sequence[float]], list[float]] = list,
+    num_recurrences: int | None = None,
 ) -> dict[str, LossResult]:
     """Evaluate each source of the loader, each window from a fresh state.
 
@@ -44,6 +45,7 @@ def evaluate_loss(
         loader: gives every rank the same number of batches.
         device: of the model.
         sum_over_ranks: adds numbers over the ranks that share the loader.
+        num_recurrences: of a looped stack; None as its config says.
 
     Returns:
         source name -> result. A source without tokens has loss nan.
@@ -58,6 +60,7 @@ def evaluate_loss(
             batch.input_ids.to(device),
             batch.labels.to(device),
             ctx=Context.from_doc_ids(batch.doc_ids).to(device),
+            num_recurrences=num_recurrences,
         )
         loss_sums[name] += loss.item()
         num_tokens[name] += batch.num_tokens

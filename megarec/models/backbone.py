@@ -1,18 +1,23 @@
 """The backbone: embedding, a stack of blocks, final norm, head."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from megarec.config.model import ModelConfig
+from megarec.config.stack import LoopedConfig
+from megarec.errors import UserError
 from megarec.models.block import Block
 from megarec.models.context import Context
 from megarec.models.head import IGNORE_INDEX, Criterion, Head
 from megarec.models.init import Assign, Initializer, assign_whole
+from megarec.models.looped import Looped
 from megarec.models.norm import RMSNorm
-from megarec.models.state import State, prefixed, sub_state
+from megarec.models.stack import Passed, Sequential, Stack, Surroundings
+from megarec.models.state import State
 
 
 class Backbone(nn.Module):
@@ -32,8 +37,13 @@ class Backbone(nn.Module):
                 for i, block in enumerate(config.layers)
             }
         )
+        self.stack = build_stack(config)
         self.norm = RMSNorm(config.d_model, config.norm.eps)
         self.head = Head(config.head, config.vocab_size, config.d_model)
+
+    def block(self, i: int) -> Block:
+        """Return the block of a global index."""
+        return cast(Block, self.blocks[str(i)])
 
     def layers(self) -> Iterator[tuple[str, Block]]:
         """Yield the global index (as text) and the block of each layer that is here."""
@@ -48,6 +58,7 @@ class Backbone(nn.Module):
         state: State | None = None,
         return_state: bool = False,
         criterion: Criterion | None = None,
+        num_recurrences: int | None = None,
     ) -> Any:
         """Run the model on whole sequences.
 
@@ -55,62 +66,122 @@ class Backbone(nn.Module):
             input_ids: int64 (B, T).
             labels: int64 (B, T), the token to predict at each position (already shifted), -100
                 for none.
-            ctx: document boundaries; without it each row is one document.
+            ctx: document boundaries, and more; without it each row is one document.
             state: carried state of the tokens before (see `init_state`).
             return_state: append the state after the last token to the result.
             criterion: computes the loss in place of the cross-entropy; see Head.
+            num_recurrences: how often a looped stack iterates, in place of what `ctx` says.
 
         Returns:
             logits (B, T, V), float32 at least; with labels, the pair (loss_sum, num_tokens): the
             sum of the tokens' losses in nats, and their number, both scalars.
+
+        Raises:
+            UserError: `num_recurrences` does not fit the stack, or the state.
         """
-        x_BTD, state = self.features(input_ids, ctx, state)
-        outcome = self.head(x_BTD, self.embedding.weight, labels, criterion)
-        results = [outcome]
-        if labels is not None:
-            results.append((labels != IGNORE_INDEX).sum())
+        ctx = self._context(ctx, num_recurrences)
+        passed = self._pass(input_ids, ctx, state, return_state)
+        if labels is None:
+            results = [self.head(self.norm(passed.x), self.embedding.weight)]
+        else:
+            kept_BT = labels != IGNORE_INDEX
+            results = [self._loss(passed, labels, kept_BT, criterion), kept_BT.sum()]
         if return_state:
-            results.append(state)
+            results.append(passed.state)
         return results[0] if len(results) == 1 else tuple(results)
 
     def features(
         self, input_ids: Tensor, ctx: Context | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         """Return what the head reads, (B, T, D), and the state after the last token."""
-        ctx = ctx or Context()
-        x_BTD = self._embed(input_ids)
-        after: State = {}
-        for name, block in self.layers():
-            prefix = f"blocks.{name}."
-            try:
-                x_BTD, block_state = block(x_BTD, ctx, sub_state(state, prefix))
-            except ArithmeticError as error:
-                raise type(error)(f"layer {name}: {error}") from error
-            after |= prefixed(block_state, prefix)
-        return self.norm(x_BTD), after
+        passed = self._pass(input_ids, ctx or Context(), state, True)
+        return self.norm(passed.x), passed.state
 
-    def step(self, input_ids_B: Tensor, state: State) -> tuple[Tensor, State]:
-        """Decode one token: ids int64 (B,) and the state -> logits (B, V) and the next state."""
-        x_BD = self._embed(input_ids_B)
-        after: State = {}
-        for name, block in self.layers():
-            prefix = f"blocks.{name}."
-            x_BD, block_state = block.step(x_BD, sub_state(state, prefix) or {})
-            after |= prefixed(block_state, prefix)
-        return self.head(self.norm(x_BD), self.embedding.weight), after
+    def step(
+        self,
+        input_ids_B: Tensor,
+        state: State,
+        *,
+        ctx: Context | None = None,
+        num_recurrences: int | None = None,
+    ) -> tuple[Tensor, State]:
+        """Decode one token: ids int64 (B,) and the state -> logits (B, V) and the next state.
+
+        Of `ctx` counts how a looped stack is to run; see `forward` for the rest.
+        """
+        passed = self._pass(input_ids_B, self._context(ctx, num_recurrences), state, True)
+        return self.head(self.norm(passed.x), self.embedding.weight), passed.state
+
+    def _context(self, ctx: Context | None, num_recurrences: int | None) -> Context:
+        ctx = ctx or Context()
+        if num_recurrences is not None:
+            ctx = replace(ctx, num_recurrences=num_recurrences)
+        if ctx.num_recurrences is not None and not isinstance(self.stack, Looped):
+            raise UserError(
+                f"num_recurrences={ctx.num_recurrences}: model.stack is not looped; leave it out"
+            )
+        return ctx
+
+    def _pass(
+        self, input_ids: Tensor, ctx: Context, state: State | None, keep_state: bool
+    ) -> Passed:
+        """Run all but the last norm and the head, on sequences (B, T) or a token (B,)."""
+
+        def run(i: int, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+            block = self.block(i)
+            try:
+                if x.dim() == 2:
+                    return block.step(x, state or {})
+                return block(x, ctx, state)
+            except ArithmeticError as error:
+                raise type(error)(f"layer {i}: {error}") from error
+
+        def readout(x: Tensor) -> Tensor:
+            return self.head(self.norm(x), self.embedding.weight)
+
+        around = Surroundings(run, self._inherit, self.norm, readout)
+        return self.stack(self._embed(input_ids), ctx, around, state, keep_state)
+
+    def _loss(
+        self, passed: Passed, labels: Tensor, kept_BT: Tensor, criterion: Criterion | None
+    ) -> Tensor:
+        """Return the summed loss, with what a stack adds to it in training."""
+        if passed.exits and criterion is not None:
+            raise UserError("stack.halt=exit_gate: has a loss of its own; it cannot be distilled")
+        if passed.exits:
+            losses = [
+                self.head(self.norm(x), self.embedding.weight, labels, token_weights=weight)
+                for x, weight in passed.exits
+            ]
+            loss = torch.stack(losses).sum()
+        else:
+            loss = self.head(self.norm(passed.x), self.embedding.weight, labels, criterion)
+        if passed.penalty is not None and self.training:
+            loss = loss + (passed.penalty * kept_BT).sum()
+        return loss
+
+    def _inherit(self, i: int, before: State | None, deeper: State, num_tokens: int) -> State:
+        block = self.block(i)
+        if block.mixer is None:
+            return {}
+        if before is None:
+            batch_size = len(next(iter(deeper.values())))
+            before = block.init_state(batch_size, self.embedding.weight.device)
+        return block.mixer.inherit(before, deeper, num_tokens)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         x = self.embedding(input_ids)
         scale = self.config.embedding_scale
         return x if scale == 1 else x * scale
 
-    def init_state(self, batch_size: int) -> State:
-        """Return the state before the first token."""
+    def init_state(self, batch_size: int, num_recurrences: int | None = None) -> State:
+        """Return the state before the first token.
+
+        `num_recurrences` is the largest number of recurrences to come, by default the config's.
+        """
         device = self.embedding.weight.device
-        state: State = {}
-        for name, block in self.layers():
-            state |= prefixed(block.init_state(batch_size, device), f"blocks.{name}.")
-        return state
+        blocks = {int(name): block.init_state(batch_size, device) for name, block in self.layers()}
+        return self.stack.init_state(blocks, batch_size, device, num_recurrences)
 
     def constrain_(self) -> None:
         """Bring parameters back to where they must be; called after each optimizer step."""
@@ -119,8 +190,8 @@ class Backbone(nn.Module):
                 block.mixer.constrain_()
 
     def metrics(self) -> dict[str, float]:
-        """Return what the mixers log since the last call, the largest of the layers."""
-        largest: dict[str, float] = {}
+        """Return what stack and mixers log since the last call, of mixers the largest."""
+        largest = self.stack.metrics()
         for _, block in self.layers():
             for name, value in ({} if block.mixer is None else block.mixer.metrics()).items():
                 largest[name] = max(value, largest.get(name, value))
@@ -134,8 +205,16 @@ class Backbone(nn.Module):
         init.normal(self.embedding.weight, init.std)
         for _, block in self.layers():
             block.init_weights(init)
+        self.stack.init_weights(init)
         self.norm.init_weights(init)
         self.head.init_weights(init)
+
+
+def build_stack(config: ModelConfig) -> Stack:
+    """Build what the stack is made of, beside the blocks."""
+    if isinstance(config.stack, LoopedConfig):
+        return Looped(config.stack, config.num_layers, config.d_model)
+    return Sequential(config.num_layers)
 
 
 def build_model(

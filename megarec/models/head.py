@@ -36,6 +36,7 @@ class Head(nn.Module):
         tied: Tensor,
         labels: Tensor | None = None,
         criterion: Criterion | None = None,
+        token_weights: Tensor | None = None,
     ) -> Tensor:
         """Return logits, or the summed loss.
 
@@ -44,6 +45,7 @@ class Head(nn.Module):
             tied: the embedding's weight (vocab, d_model), used where the config ties them.
             labels: (...) int64, -100 where there is nothing to predict.
             criterion: computes the loss, by default `cross_entropy`.
+            token_weights: (...), multiply the tokens' cross-entropies; they may have a gradient.
 
         Returns:
             logits (..., vocab); with labels, a scalar: the sum of cross-entropies in nats, in
@@ -53,18 +55,23 @@ class Head(nn.Module):
         if self.config.logit_scale != 1:
             x = x * self.config.logit_scale
         if labels is not None:
-            return (criterion or self.cross_entropy)(x, weight, labels)
+            if criterion is not None:
+                return criterion(x, weight, labels)
+            return self.cross_entropy(x, weight, labels, token_weights)
         logits = F.linear(x, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def cross_entropy(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum of cross-entropies (and z-losses); the ordinary Criterion."""
+    def cross_entropy(
+        self, x: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the (weighted) sum of cross-entropies and z-losses; the ordinary Criterion."""
         return linear_cross_entropy(
             x,
             weight,
             labels,
+            token_weights=token_weights,
             soft_cap=self.config.soft_cap,
             z_loss=self.config.z_loss if self.training else 0.0,
             ignore_index=IGNORE_INDEX,

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megarec.config.model import ModelConfig
 
@@ -41,18 +41,23 @@ class Initializer:
     def __init__(
         self, config: ModelConfig, names: dict[Tensor, str], seed: int, assign: Assign
     ) -> None:
-        init, width, depth = config.init, config.d_model, config.num_layers
+        init, width, depth = config.init, config.d_model, len(config.runs)
         self.std = (2 / (5 * width)) ** 0.5 if init.std == "small" else init.std
         named = {"wang": 2 / depth / width**0.5, "depth": self.std / (2 * depth) ** 0.5}
         self.out_std = named[init.out_std] if isinstance(init.out_std, str) else init.out_std
+        self._cut = init.cut
         self._names = names
         self._seed = seed
         self._assign = assign
 
     def normal(self, parameter: Tensor, std: float, then: Then = _as_drawn) -> None:
-        """Draw from N(0, std^2), not truncated, then apply a function."""
-        whole = torch.empty(parameter.shape)
-        whole.normal_(0.0, std, generator=self._generator(parameter))
+        """Draw from N(0, std^2), cut where the config says so, then apply a function."""
+        whole, generator = torch.empty(parameter.shape), self._generator(parameter)
+        if self._cut is None:
+            whole.normal_(0.0, std, generator=generator)
+        else:
+            bound = self._cut * std
+            nn.init.trunc_normal_(whole, 0.0, std, -bound, bound, generator=generator)
         self.values(parameter, then(whole))
 
     def uniform(self, parameter: Tensor, low: float, high: float, then: Then = _as_drawn) -> None:

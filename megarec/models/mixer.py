@@ -42,6 +42,14 @@ class Mixer(nn.Module):
     def init_state(self, batch_size: int, device: torch.device) -> State:
         """Return the state before the first token: a flat dict of tensors, batch first."""
 
+    def inherit(self, before: State, deeper: State, num_tokens: int) -> State:
+        """Return the state of a recurrence of a looped stack that the last tokens did not reach.
+
+        `before` is its state before them, `deeper` that of the deepest recurrence that they
+        reached, after them. By default they are not seen there at all.
+        """
+        return before
+
     @abstractmethod
     def init_weights(self, init: Initializer) -> None:
         """Write the initial value of every parameter."""

@@ -26,10 +26,11 @@ class RMSNorm(nn.Module):
 
 
 class Scale(nn.Module):
-    """x * weight, a weight a channel."""
+    """x * weight, a weight a channel, at first the same for all."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, start: float = 1.0) -> None:
         super().__init__()
+        self.start = start
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,8 +38,8 @@ class Scale(nn.Module):
         return x * self.weight
 
     def init_weights(self, init: Initializer) -> None:
-        """Start with scale 1."""
-        init.constant(self.weight, 1.0)
+        """Start with the same scale in all channels."""
+        init.constant(self.weight, self.start)
 
 
 class HeadLayerNorm(nn.Module):

@@ -93,9 +93,14 @@ class YarnScaling(RotaryScaling):
 
 
 class RotaryConfig(StrictModel):
-    """Dimension pair r of the first `fraction` of a head turns by base^(-2r / size) a token."""
+    """Dimension pair r of the first `fraction` of a head turns by base^(-2r / size) a token.
+
+    Pair r is dimensions r and r + size / 2, as in Llama, or `interleaved` 2r and 2r + 1, as in the
+    paper.
+    """
 
     base: PositiveFloat = 10_000.0
+    interleaved: bool = False
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     scaling: SerializeAsAny[RotaryScaling] | None = None
 
@@ -131,15 +136,19 @@ def rotation(config: RotaryConfig, head_dim: int, position: Tensor, dtype: torch
     return magnitude * torch.stack([angle.cos(), angle.sin()])[..., None, :]
 
 
-def rotate(x_BTHK: Tensor, rotation: Tensor) -> Tensor:
-    """Turn dimension r of a head together with r + size / 2, as Llama does; the rest stays.
+def rotate(x_BTHK: Tensor, rotation: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn the dimension pairs of a head, as RotaryConfig says; the rest stays.
 
     Args:
         x_BTHK: queries or keys, any float dtype.
         rotation: what `rotation` returned for their positions.
+        interleaved: pairs are neighbours.
     """
     cos, sin = rotation
     half = cos.shape[-1]
-    first, second, rest = x_BTHK.split([half, half, x_BTHK.shape[-1] - 2 * half], -1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    return torch.cat([turned.to(x_BTHK.dtype), rest], -1)
+    turning, rest = x_BTHK.split([2 * half, x_BTHK.shape[-1] - 2 * half], -1)
+    pairs = turning.unflatten(-1, (half, 2) if interleaved else (2, half))
+    first, second = pairs.unbind(-1 if interleaved else -2)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    together = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat([together.to(x_BTHK.dtype), rest], -1)

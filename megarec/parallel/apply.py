@@ -21,13 +21,23 @@ def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) 
     with torch.device("meta"):
         model = Backbone(config.model)
     freeze(model, config.optimizer)
-    if config.parallel.activation_checkpointing == "full":
-        for _, block in model.layers():
-            block.recompute = True
+    recompute(model, config.parallel.activation_checkpointing)
     shard(model, config, mesh)
     model.to_empty(device=device)
     model.init_weights(config.seed, assign_shard)
     return model
+
+
+def recompute(model: Backbone, what: str) -> None:
+    """Free activations in the forward pass: of each block, or of each recurrence of a loop.
+
+    `recurrence` keeps nothing of a recurrence of a looped stack but its latent state; the blocks
+    outside of the core free their own.
+    """
+    looped = what == "recurrence"
+    model.stack.recompute = looped
+    for name, block in model.layers():
+        block.recompute = what == "full" or (looped and int(name) not in model.stack.core)
 
 
 def build_frozen_model(
@@ -45,11 +55,11 @@ def shard(model: Backbone, config: Config, mesh: DeviceMesh) -> None:
     """Apply FSDP2 (HSDP where parameters are replicated too) to each block and the root.
 
     Modules that a mixer keeps in float32 become units of their own. Master weights are float32;
-    gradients are reduced in float32.
+    gradients are reduced in float32. What is run again at once, the core of a looped stack, stays
+    gathered from its first recurrence to the last.
     """
     data_mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
     compute = getattr(torch, config.precision.compute)
-    reshard = config.parallel.reshard_after_forward
 
     def unit(module: nn.Module, dtype: torch.dtype, reshard_after_forward: bool) -> None:
         policy = MixedPrecisionPolicy(
@@ -59,11 +69,12 @@ def shard(model: Backbone, config: Config, mesh: DeviceMesh) -> None:
             module, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
         )
 
-    for _, block in model.layers():
+    for name, block in model.layers():
+        again = config.parallel.reshard_after_forward and int(name) not in model.stack.core
         if compute != torch.float32:
             for module in block.float32_modules():
-                unit(module, torch.float32, reshard)
-        unit(block, compute, reshard)
+                unit(module, torch.float32, again)
+        unit(block, compute, again)
     # The root's parameters (embedding, norm, head) are needed again right after the forward.
     unit(model, compute, False)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megarec.config.schema import Config
+from megarec.config.stack import repeated
 from megarec.data.loader import accumulation_steps
 from megarec.parallel.mesh import resolve_axes
 
@@ -48,10 +49,12 @@ def memory_per_rank(config: Config, dp_shard: int) -> dict[str, float]:
     """Estimate the bytes of one rank: states exactly, activations by formula.
 
     Sharded float32 parameters and gradients (4 bytes each) and two Adam moments (8). Gathered: the
-    root unit and two blocks (one computing, one prefetched) in the compute dtype. Activations, a
-    token and block: the residual stream alone where blocks are recomputed (plus one block at
-    work); otherwise every matmul's input and output, about the block's parameters / d_model
-    numbers. The head: one chunk of logits, twice, in float32, and the gradient of its weight.
+    root unit, two blocks (one computing, one prefetched) and the core of a looped stack, in the
+    compute dtype. Activations, a token and run of a block that is differentiated: the residual
+    stream alone where blocks are recomputed (plus one block at work); otherwise every matmul's
+    input and output, about the block's parameters / d_model numbers. Where recurrences are
+    recomputed: one latent state each (plus one recurrence at work). The head: one chunk of logits,
+    twice, in float32, and the gradient of its weight.
     """
     model, train = config.model, config.train
     width = 2 if config.precision.compute == "bfloat16" else 4
@@ -60,16 +63,24 @@ def memory_per_rank(config: Config, dp_shard: int) -> dict[str, float]:
     root = num_params - sum(blocks)
     tokens = train.micro_batch_size * train.seq_len
     per_token = [params / model.d_model + 2 * model.d_model for params in blocks]
-    if config.parallel.activation_checkpointing == "full":
-        activations = len(blocks) * model.d_model + max(per_token)
+    depth = model.stack.training_recurrences()
+    runs = model.stack.times_trained(len(blocks), depth)
+    core = [i for i, times in enumerate(model.stack.times_run(len(blocks))) if times > 1]
+    checkpointing = config.parallel.activation_checkpointing
+    if checkpointing == "full":
+        activations = sum(runs) * model.d_model + max(per_token)
+    elif checkpointing == "recurrence":
+        outside = len(blocks) - len(core)
+        activations = (outside + max(runs)) * model.d_model + sum(per_token[i] for i in core)
     else:
-        activations = sum(per_token)
+        activations = repeated(per_token, runs)
+    gathered = root + 2.0 * max(blocks) + sum(blocks[i] for i in core)
     chunk = min(model.head.chunk_size, tokens)
     return {
         "parameters": 4.0 * num_params / dp_shard,
         "gradients": 4.0 * num_params / dp_shard,
         "optimizer": 8.0 * num_params / dp_shard,
-        "gathered": width * (root + 2.0 * max(blocks)) if dp_shard > 1 or width == 2 else 0.0,
+        "gathered": width * gathered if dp_shard > 1 or width == 2 else 0.0,
         "activations": width * tokens * activations,
         "head": 4.0 * model.vocab_size * (2 * chunk + model.d_model),
     }

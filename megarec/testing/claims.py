@@ -56,11 +56,11 @@ def flops(case: Case) -> None:
         config = case.config.model_copy(update={"d_model": width})
         for mixer in _different_mixers(config):
             _check_mixer_flops(mixer, width)
-        # What is left is the FFNs and the head: plain matmuls.
+        # What is left is the FFNs, the stack and the head: plain matmuls.
         length = FLOP_LENGTHS[0]
         claimed = config.flops_per_token(length) / 3
-        real = _flops(partial(Backbone(config), case.ids(1, length))) / length
-        for mixer in config.mixers:
+        real = _flops(partial(build_model(config).eval(), case.ids(1, length))) / length
+        for mixer in [block.mixer for block in config.runs if block.mixer is not None]:
             claimed -= mixer.flops_per_token(width, length)
             real -= _forward_flops(mixer.build(width), width, length)
         _equal(f"d_model={width}: FLOPs per token outside the mixers", claimed, real)

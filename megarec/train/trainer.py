@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from megarec.device import peak_flops, peak_memory_bytes, synchronize
 from megarec.errors import RunError
 from megarec.evaluation.loss import evaluate_loss
 from megarec.models.backbone import Backbone
-from megarec.models.context import Context
+from megarec.models.context import Context, Draw
 from megarec.optim.build import build_optimizer, set_learning_rate
 from megarec.optim.clip import clip_gradients, gradient_norm
 from megarec.optim.schedule import learning_rate
@@ -76,7 +77,6 @@ class Trainer:
             data_rank=env.rank,
             data_ranks=env.world_size,
         )
-        self._flops_per_token = config.model.flops_per_token(config.train.seq_len)
         peak = peak_flops(env.device)
         self._peak_flops = peak and peak * env.world_size
         self._saved_step: int | None = None
@@ -148,6 +148,9 @@ class Trainer:
         synchronize(self.env.device)
         seconds = time.perf_counter() - began
         cross_entropy = terms.get(CROSS_ENTROPY, loss)
+        flops_per_token = config.model.flops_per_token(
+            config.train.seq_len, metrics.get("loop/recurrences")
+        )
         record = {
             "step": state.step,
             "loss": loss,
@@ -161,7 +164,7 @@ class Trainer:
             "tokens": state.tokens,
             "skipped": state.skipped,
             "tokens_per_second": tokens / seconds,
-            "mfu": self._peak_flops and tokens / seconds * self._flops_per_token / self._peak_flops,
+            "mfu": self._peak_flops and tokens / seconds * flops_per_token / self._peak_flops,
             "step_seconds": seconds,
             "memory_bytes": peak_memory_bytes(self.env.device),
         }
@@ -176,12 +179,16 @@ class Trainer:
         self.model.train()
         device = self.env.device
         sums: dict[str, torch.Tensor] = {}
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            draw = Draw(
+                self.config.seed,
+                self.state.step,
+                self.state.step * len(batches) + i,
+                torch.arange(batch.first, batch.first + len(batch.input_ids), device=device),
+            )
+            ctx = replace(Context.from_doc_ids(batch.doc_ids).to(device), draw=draw)
             loss, terms = self.objective(
-                self.model,
-                batch.input_ids.to(device),
-                batch.labels.to(device),
-                Context.from_doc_ids(batch.doc_ids).to(device),
+                self.model, batch.input_ids.to(device), batch.labels.to(device), ctx
             )
             # Data parallelism averages gradients over ranks: undo that, divide by all tokens.
             (loss * (self.env.world_size / max(tokens, 1))).backward()
@@ -223,10 +230,16 @@ class Trainer:
         if self.evaluation is None:
             return
         record: dict[str, Any] = {"step": self.state.step}
-        results = evaluate_loss(self.model, self.evaluation, self.env.device, self.env.sum)
-        for name, result in results.items():
-            record[f"valid/{name}/loss"] = result.loss
-            record[f"valid/{name}/bits_per_byte"] = result.bits_per_byte
+        for num_recurrences in (None, *self.config.evaluation.num_recurrences):
+            results = evaluate_loss(
+                self.model, self.evaluation, self.env.device, self.env.sum, num_recurrences
+            )
+            for name, result in results.items():
+                if num_recurrences is not None:
+                    record[f"valid/{name}/loss_r{num_recurrences}"] = result.loss
+                    continue
+                record[f"valid/{name}/loss"] = result.loss
+                record[f"valid/{name}/bits_per_byte"] = result.bits_per_byte
         self.emit("on_evaluation", record)
 
     def save(self) -> None:

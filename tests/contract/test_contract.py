@@ -13,6 +13,7 @@ import yaml
 
 from megarec.config.mixer import MixerConfig
 from megarec.config.model import FFNConfig, ModelConfig, StackConfig
+from megarec.config.stack import LoopedConfig, UpdateConfig
 from megarec.testing.contract import CHECKS, Case, small_model
 
 CASES = Path(__file__).parent / "cases"
@@ -40,8 +41,14 @@ def build_case(tree: dict[str, Any]) -> Case:
     return Case(small_model(tree["mixer"], tree["d_model"]), tolerance)
 
 
+def update_rules(models: list[ModelConfig]) -> set[str]:
+    """Return the types of update rules that have a case."""
+    loops = [model.stack for model in models if isinstance(model.stack, LoopedConfig)]
+    return {loop.update.type for loop in loops if loop.update is not None}
+
+
 def missing_cases(trees: dict[str, dict[str, Any]]) -> list[str]:
-    """Say of every mixer, stack and FFN without a case what to add."""
+    """Say of every mixer, stack, rule and FFN without a case what to add."""
     tested = {tree["mixer"]["type"] for tree in trees.values() if "mixer" in tree}
     missing = [
         f"mixer '{tag}' has no case: add tests/contract/cases/mixers/{tag}.yaml"
@@ -49,11 +56,11 @@ def missing_cases(trees: dict[str, dict[str, Any]]) -> list[str]:
     ]
     models = [build_case(tree).config for tree in trees.values() if "model" in tree]
     ffns = {block.ffn.type for model in models for block in model.layers if block.ffn is not None}
-    for kind, config, found in (
-        ("stack", StackConfig, {model.stack.type for model in models}),
-        ("ffn", FFNConfig, ffns),
+    for kind, known, found in (
+        ("stack", StackConfig.members, {model.stack.type for model in models}),
+        ("update rule", UpdateConfig.members, update_rules(models)),
+        ("ffn", get_args(FFNConfig.model_fields["type"].annotation), ffns),
     ):
-        known = get_args(config.model_fields["type"].annotation)
         missing += [
             f"{kind} '{tag}' has no case: add a model with it as tests/contract/cases/models/*.yaml"
             for tag in sorted(set(known) - found)

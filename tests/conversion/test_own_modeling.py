@@ -298,7 +298,11 @@ def blocks_with(**changes: Any) -> dict[str, Any]:
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
         ({"tie_word_embeddings": False}, "head.weight: missing"),
         ({"head": {"soft_cap": 5.0, "bias": True}}, "head.bias=True: unknown key"),
-        ({"stack": {"type": "looped"}}, "stack.type='looped'"),
+        ({"stack": {"type": "spiral"}}, "unknown stack type 'spiral'"),
+        (
+            {"stack": {"type": "looped", "core": 4, "num_recurrences": 2}},
+            "stack=looped: the architecture runs each layer once",
+        ),
         ({"blocks": blocks_with(nonlinearity="relu")}, "nonlinearity='relu': unknown key"),
         ({"blocks": blocks_with(type="mamba3")}, "unknown mixer type 'mamba3'"),
         (

@@ -17,13 +17,14 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    token_weights: Tensor | None = None,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
     ignore_index: int = -100,
     chunk_size: int = 2048,
     backend: str = "auto",
 ) -> Tensor:
-    """Return the sum over labels of logsumexp(z) - z[label] + z_loss * logsumexp(z)^2.
+    """Return the sum over labels of w (logsumexp(z) - z[label] + z_loss * logsumexp(z)^2).
 
     Logits z = x W^T are a matmul in x's dtype; all that follows is in promote_types(x.dtype,
     float32). A soft cap c replaces z by c * tanh(z / c). The eager form computes the gradients
@@ -34,6 +35,7 @@ def linear_cross_entropy(
         weight: Weight of the head, (V, D), dtype of x.
         labels: int64, (N,) or (B, T). Each must be ``ignore_index`` or in [0, V); others are an
             error that surfaces inside torch, because a check here would wait for the device.
+        token_weights: w, (N,) or (B, T), any float dtype; differentiable. None: 1 for all.
         soft_cap: Bound on the logits, > 0; None means none.
         z_loss: Weight of the squared logsumexp, which keeps logits from drifting (2204.02311).
         ignore_index: Label of the tokens that count for nothing. If all do, loss and gradients
@@ -47,11 +49,12 @@ def linear_cross_entropy(
     Raises:
         ValueError: An argument does not fit; the message names it.
     """
-    _check(x, weight, labels, soft_cap, chunk_size)
+    _check(x, weight, labels, token_weights, soft_cap, chunk_size)
     return FORMS[choose_backend("linear_cross_entropy", backend)](
         x.flatten(0, -2),
         weight,
         labels.flatten(),
+        None if token_weights is None else token_weights.flatten(),
         soft_cap=soft_cap,
         z_loss=z_loss,
         ignore_index=ignore_index,
@@ -60,7 +63,12 @@ def linear_cross_entropy(
 
 
 def _check(
-    x: Tensor, weight: Tensor, labels: Tensor, soft_cap: float | None, chunk_size: int
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    soft_cap: float | None,
+    chunk_size: int,
 ) -> None:
     if x.dim() not in (2, 3):
         _fail("x", f"shape {tuple(x.shape)}", "(N, D) or (B, T, D)")
@@ -75,6 +83,14 @@ def _check(
             "labels",
             f"{labels.dtype} {tuple(labels.shape)}",
             f"torch.int64 {tuple(x.shape[:-1])}",
+        )
+    if token_weights is not None and (
+        token_weights.shape != labels.shape or not token_weights.is_floating_point()
+    ):
+        _fail(
+            "token_weights",
+            f"{token_weights.dtype} {tuple(token_weights.shape)}",
+            f"a float dtype, {tuple(labels.shape)}",
         )
     if soft_cap is not None and not soft_cap > 0:
         _fail("soft_cap", str(soft_cap), "a number > 0, or None")

@@ -8,6 +8,7 @@ def linear_cross_entropy_reference(
     x_ND: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
+    weights_N: Tensor | None,
     *,
     soft_cap: float | None,
     z_loss: float,
@@ -21,4 +22,5 @@ def linear_cross_entropy_reference(
         logits_NV = soft_cap * torch.tanh(logits_NV / soft_cap)
     lse_N = logits_NV.logsumexp(-1)
     label_logits_N = logits_NV.gather(1, labels_N[kept_N, None])[:, 0]
-    return (lse_N - label_logits_N + z_loss * lse_N.square()).sum()
+    loss_N = lse_N - label_logits_N + z_loss * lse_N.square()
+    return (loss_N if weights_N is None else loss_N * weights_N[kept_N]).sum()

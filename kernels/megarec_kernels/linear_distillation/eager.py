@@ -71,7 +71,7 @@ class _Chunked(torch.autograd.Function):
                 dx_ND[rows] = gradients.pop(0)
             if dweight_VD is not None:
                 dweight_VD += gradients.pop(0)
-        save_gradients(ctx, dx_ND, dweight_VD, weight_VD)
+        save_gradients(ctx, (dx_ND, x_ND), (dweight_VD, weight_VD))
         loss, divergence, cross_entropy = sums.unbind()
         ctx.mark_non_differentiable(divergence, cross_entropy)
         return loss.clone(), divergence, cross_entropy

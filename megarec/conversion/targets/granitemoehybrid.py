@@ -101,7 +101,7 @@ class GraniteMoeHybrid(LayeredTarget):
             "scale": "attention_multiplier",
         },
     }
-    fixed = {"mamba2": {}, "attention": {"window": None, "qk_norm": False}}
+    fixed = {"mamba2": {}, "attention": {"window": None, "qk_bias": False, "qk_norm": False}}
     ffn_acts = {"swiglu": "silu"}
     ffn_key = "shared_intermediate_size"
     eps_key = "rms_norm_eps"

@@ -92,7 +92,7 @@ class Llama(LlamaLike):
     model_type = "llama"
     architecture = "LlamaForCausalLM"
     file = LlamaFile
-    fixed = {"attention": {"window": None, "qk_norm": False, "scale": None}}
+    fixed = {"attention": {"window": None, "qk_bias": False, "qk_norm": False, "scale": None}}
 
     def mixer_obstacles(self, mixer: MixerConfig, config: ModelConfig) -> list[str]:
         """Ask for heads that divide d_model, too; see LayeredTarget."""
@@ -112,4 +112,4 @@ class Mistral(LlamaLike):
     architecture = "MistralForCausalLM"
     file = MistralFile
     keys = {"attention": LlamaLike.keys["attention"] | {"window": "sliding_window"}}
-    fixed = {"attention": {"qk_norm": False, "scale": None}}
+    fixed = {"attention": {"qk_bias": False, "qk_norm": False, "scale": None}}

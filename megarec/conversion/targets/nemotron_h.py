@@ -119,7 +119,13 @@ class NemotronH(LayeredTarget):
     }
     fixed = {
         "mamba2": {"dt_limit": NO_LIMIT},
-        "attention": {"rope": None, "window": None, "qk_norm": False, "scale": None},
+        "attention": {
+            "rope": None,
+            "window": None,
+            "qk_bias": False,
+            "qk_norm": False,
+            "scale": None,
+        },
     }
     ffn_acts = {"squared_relu": "relu2", "gelu": "gelu"}
     act_key = "mlp_hidden_act"

@@ -9,7 +9,12 @@ from torch import Tensor
 from megarec.config.base import PositiveFloat, PositiveInt
 from megarec.config.model import BlockConfig, ModelConfig
 from megarec.conversion.config_file import ConfigFile
-from megarec.conversion.target import Target, scale_obstacles, skip_obstacles
+from megarec.conversion.target import (
+    Target,
+    residual_obstacles,
+    scale_obstacles,
+    stack_obstacles,
+)
 from megarec.models.mixers.mlstm import MLSTMConfig
 
 CELL_EPS = 1e-6
@@ -73,7 +78,7 @@ class XLSTM(Target):
     def obstacles(self, config: ModelConfig) -> list[str]:
         """Name what the architecture lacks; see Target."""
         blocks = {name: config.blocks[name] for name in config.pattern}
-        problems = [
+        problems = stack_obstacles(config) + [
             f"blocks.{name}.{line}"
             for name, block in blocks.items()
             for line in _block_obstacles(block, config)
@@ -184,7 +189,7 @@ class XLSTM(Target):
 
 def _block_obstacles(block: BlockConfig, config: ModelConfig) -> list[str]:
     mixer = block.mixer
-    problems = skip_obstacles(block)
+    problems = residual_obstacles(block)
     if mixer is None:
         problems.append("mixer=null: every block of the architecture has one")
     elif not isinstance(mixer, MLSTMConfig):

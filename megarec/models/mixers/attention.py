@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megarec.config.base import PositiveFloat, PositiveInt
 from megarec.config.mixer import MixerConfig
-from megarec.models.context import Context
+from megarec.models.context import Context, positions
 from megarec.models.init import Initializer
 from megarec.models.mixer import Mixer
 from megarec.models.norm import RMSNorm
@@ -21,9 +21,10 @@ class AttentionConfig(MixerConfig):
 
     `num_kv_heads` (default: `num_heads`) divides `num_heads` (arXiv 2305.13245); `head_dim` is
     d_model / num_heads unless given. `rope: null` means no positions. `window` is the number of
-    tokens that a token sees, itself included. `qk_norm` is an RMSNorm over each head of queries
-    and keys, before RoPE. `scale` multiplies the scores (default: head_dim ** -0.5).
-    `max_seq_len` is the longest document that the cache of keys is meant for.
+    tokens that a token sees, itself included. `qk_bias` adds a learned bias to queries and keys, at
+    first 0; `qk_norm` is an RMSNorm over each head of them; both come before RoPE. `scale`
+    multiplies the scores (default: head_dim ** -0.5). `max_seq_len` is the longest document that
+    the cache of keys is meant for.
     """
 
     type: Literal["attention"] = "attention"
@@ -32,6 +33,7 @@ class AttentionConfig(MixerConfig):
     head_dim: PositiveInt | None = None
     rope: RotaryConfig | None = RotaryConfig()
     window: PositiveInt | None = None
+    qk_bias: bool = False
     qk_norm: bool = False
     norm_eps: PositiveFloat = 1e-6
     scale: PositiveFloat | None = None
@@ -71,10 +73,11 @@ class AttentionConfig(MixerConfig):
         return self.max_seq_len
 
     def num_params(self, d_model: int) -> int:
-        """Count q, k, v, out projection, and the two norms if there are any."""
-        width = self.head_width(d_model)
+        """Count q, k, v, out projection, and the biases and norms if there are any."""
+        width, heads = self.head_width(d_model), self.num_heads + self.kv_heads()
         norms = 2 * width if self.qk_norm else 0
-        return 2 * d_model * width * (self.num_heads + self.kv_heads()) + norms
+        biases = width * heads if self.qk_bias else 0
+        return 2 * d_model * width * heads + norms + biases
 
     def flops_per_token(self, d_model: int, seq_len: int) -> float:
         """Count matmuls: projections, scores and sums over the keys seen, on average."""
@@ -107,8 +110,8 @@ class Attention(Mixer):
         self.config = config
         self.head_dim = config.head_width(d_model)
         width, kv_width = config.num_heads * self.head_dim, config.kv_heads() * self.head_dim
-        self.q = nn.Linear(d_model, width, bias=False)
-        self.k = nn.Linear(d_model, kv_width, bias=False)
+        self.q = nn.Linear(d_model, width, bias=config.qk_bias)
+        self.k = nn.Linear(d_model, kv_width, bias=config.qk_bias)
         self.v = nn.Linear(d_model, kv_width, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
@@ -129,7 +132,9 @@ class Attention(Mixer):
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         if self.config.rope is not None:
             angles = rotation(self.config.rope, self.head_dim, position_BT, x_BTD.dtype)
-            q_BTHK, k_BTGK = rotate(q_BTHK, angles), rotate(k_BTGK, angles)
+            q_BTHK, k_BTGK = (
+                rotate(x, angles, self.config.rope.interleaved) for x in (q_BTHK, k_BTGK)
+            )
         # Copies, also of an empty cache: what is returned as state must be no view.
         k_BSGK = torch.cat([state["k"].to(k_BTGK.dtype), k_BTGK], 1)
         v_BSGK = torch.cat([state["v"].to(v_BTGK.dtype), v_BTGK], 1)
@@ -168,10 +173,22 @@ class Attention(Mixer):
             "pos": torch.zeros(batch_size, dtype=torch.int64, device=device),
         }
 
+    def inherit(self, before: State, deeper: State, num_tokens: int) -> State:
+        """Append the deepest keys and values of the tokens; see Mixer."""
+        keep = None if self.config.window is None else self.config.window - 1
+        after = {"pos": deeper["pos"]}
+        for key in ("k", "v"):
+            new = deeper[key][:, max(deeper[key].shape[1] - num_tokens, 0) :]
+            whole = torch.cat([before[key].to(new.dtype), new], 1)
+            after[key] = whole if keep is None else whole[:, max(whole.shape[1] - keep, 0) :]
+        return after
+
     def init_weights(self, init: Initializer) -> None:
-        """Draw q, k and v with std, the out projection with out_std."""
+        """Draw q, k and v with std, the out projection with out_std; biases are 0."""
         for linear in (self.q, self.k, self.v):
             init.normal(linear.weight, init.std)
+            if linear.bias is not None:
+                init.constant(linear.bias, 0.0)
         init.normal(self.out_proj.weight, init.out_std)
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
@@ -180,7 +197,8 @@ class Attention(Mixer):
     def tp_plan(self) -> dict[str, str]:
         """Split by heads: projections by column, the out projection by row."""
         norms = {"[qk]_norm.weight": "replicate"} if self.config.qk_norm else {}
-        return {"[qkv].weight": "column", "out_proj.weight": "row"} | norms
+        biases = {"[qk].bias": "column"} if self.config.qk_bias else {}
+        return {"[qkv].weight": "column", "out_proj.weight": "row"} | norms | biases
 
     def hf_names(self) -> dict[str, str]:
         """Name the parameters as transformers' attention layers do."""
@@ -188,19 +206,6 @@ class Attention(Mixer):
         names["out_proj.weight"] = "o_proj.weight"
         if self.config.qk_norm:
             names |= {f"{part}_norm.weight": f"{part}_norm.weight" for part in "qk"}
+        if self.config.qk_bias:
+            names |= {f"{part}.bias": f"{part}_proj.bias" for part in "qk"}
         return names
-
-
-def positions(num_tokens: int, resets_BT: Tensor | None, first_B: Tensor) -> Tensor:
-    """Return each token's position in its document, int64 (B, T).
-
-    Args:
-        num_tokens: T.
-        resets_BT: where documents start; None if nowhere.
-        first_B: position of the first token, unless it starts a document.
-    """
-    index_T = torch.arange(num_tokens, device=first_B.device)
-    if resets_BT is None:
-        return first_B[:, None] + index_T
-    start_BT = torch.where(resets_BT, index_T, -first_B[:, None]).cummax(1).values
-    return index_T - start_BT

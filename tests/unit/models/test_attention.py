@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megarec.config.model import ModelConfig
-from megarec.models.context import Context
-from megarec.models.mixers.attention import Attention, AttentionConfig, positions
+from megarec.models.context import Context, positions
+from megarec.models.mixers.attention import Attention, AttentionConfig
 from megarec.models.rotary import RotaryConfig
 
 

@@ -1,0 +1,250 @@
+"""The looped stack (recurrent depth): prelude, a core that iterates on a latent state, coda."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megarec.config.stack import LoopedConfig
+from megarec.errors import UserError
+from megarec.models.context import Context, positions
+from megarec.models.depth_cache import DepthCache
+from megarec.models.halting import Iteration
+from megarec.models.init import Initializer
+from megarec.models.latent import random_latent
+from megarec.models.loop_metrics import LoopMetrics
+from megarec.models.stack import Passed, Run, Stack, Surroundings, run_once
+from megarec.models.state import State, prefixed
+
+POSITION = "core.pos"
+"""Key of the next token's position in its document, int64 (B,)."""
+
+Inject = Callable[[int, Tensor], Tensor]
+"""(number of the recurrence, latent state) -> what the core reads."""
+
+
+class Looped(Stack):
+    """The recurrent-depth stack of LoopedConfig (arXiv 2502.05171, section 3, and relatives).
+
+    Its own parameters, beside the blocks': `adapter` (D, 2 D), columns of the latent state first;
+    `step_embedding` (steps, D); those of `update` and `halt`.
+
+    Shapes: ... is (B, T) of whole sequences, or (B,) of one token; D d_model.
+    """
+
+    def __init__(self, config: LoopedConfig, num_layers: int, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        first, last = config.prelude, num_layers - config.coda
+        self.prelude, self.core = range(first), range(first, last)
+        self.coda = range(last, num_layers)
+        concat, steps = config.inject == "concat", config.num_step_embeddings
+        self.adapter = nn.Linear(2 * d_model, d_model, bias=False) if concat else None
+        self.step_embedding = nn.Parameter(torch.empty(steps, d_model)) if steps else None
+        self.update = config.update.build(d_model) if config.update is not None else None
+        self.halt = config.halt.build(d_model) if config.halt is not None else None
+        self.seen = LoopMetrics()
+
+    def forward(
+        self,
+        x: Tensor,
+        ctx: Context,
+        around: Surroundings,
+        state: State | None,
+        keep_state: bool,
+    ) -> Passed:
+        """Run prelude, loop and coda; see Stack.
+
+        Raises:
+            UserError: a number of recurrences below 1, or one that the state is not made for.
+        """
+        e, after = run_once(self.prelude, x, around.run, state, keep_state)
+        position = _position(e, ctx, state)
+        iteration = self._start(ctx)
+        latent, core_state = self._loop(e, position, ctx, around, iteration, state, keep_state)
+        exits = iteration.exits()
+        outputs = [exit for exit, _ in exits] or [iteration.output(latent)]
+        left = [self._leave(output, around, state, keep_state) for output in outputs]
+        x, coda_state = left[-1]
+        if keep_state:
+            after |= core_state | coda_state
+            after[POSITION] = (position if position.dim() == 1 else position[:, -1]) + 1
+        weighted = [(x, w) for (x, _), (_, w) in zip(left, exits, strict=True)] if exits else []
+        return Passed(x, after, weighted, iteration.penalty())
+
+    def _loop(
+        self,
+        e: Tensor,
+        position: Tensor,
+        ctx: Context,
+        around: Surroundings,
+        iteration: Iteration,
+        state: State | None,
+        keep_state: bool,
+    ) -> tuple[Tensor, State]:
+        """Iterate; returns the last latent state (..., D) and the state that the core keeps."""
+        num_recurrences = self.num_recurrences(ctx)
+        backprop = self.config.backprop if self.training else None
+        num_free = max(num_recurrences - (backprop or num_recurrences), 0)
+        cache = DepthCache(self.config.cache, self.core, state, num_recurrences)
+        # Recurrences that no token needs may be left out, unless their state is asked for.
+        may_stop = not keep_state or self.config.cache.type != "full"
+        latent, inject = self._initial_state(e, position, ctx), self._injection(e, position)
+        rows_B = torch.ones(len(e), dtype=torch.bool, device=e.device)
+
+        @torch.no_grad()
+        def readout(latent: Tensor) -> Tensor:
+            return around.readout(self._leave(latent, around, state, False)[0])
+
+        for i in range(num_recurrences):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= num_free):
+                new, states = self._iterate(i, latent, inject, around.run, cache, keep_state)
+                if keep_state:
+                    cache.write(i, states, rows_B)
+                if self.training:
+                    self.seen.see(i, num_recurrences, latent, new)
+                latent = iteration.advance(latent, new, readout)
+            if may_stop and iteration.running is not None:
+                if not iteration.running.any():
+                    break
+                if iteration.running.dim() == 1:
+                    rows_B = iteration.running
+        if ctx.halting is not None:
+            always = torch.full_like(position, num_recurrences)
+            ctx.halting.count(always if iteration.num_steps is None else iteration.num_steps)
+        if not keep_state:
+            return latent, {}
+        cache.fill(around.inherit, e.shape[1] if e.dim() == 3 else 1)
+        return latent, cache.state()
+
+    def _iterate(
+        self, i: int, latent: Tensor, inject: Inject, run: Run, cache: DepthCache, keep_state: bool
+    ) -> tuple[Tensor, list[State]]:
+        """Make recurrence i; returns the next latent state and the states of the core's blocks."""
+
+        def recurrence(latent: Tensor) -> tuple[Tensor, list[State]]:
+            u, states = inject(i, latent), []
+            before = cache.before(i)
+            for j, index in enumerate(self.core):
+                u, block_state = run(index, u, None if before is None else before[j])
+                states += [block_state] if keep_state else []
+            return u if self.update is None else self.update(u, latent), states
+
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(recurrence, latent, use_reentrant=False)
+        return recurrence(latent)
+
+    def num_recurrences(self, ctx: Context) -> int:
+        """Return how often to iterate: as `ctx` says, else in training as drawn.
+
+        Raises:
+            UserError: a number below 1.
+        """
+        given, depth, draw = ctx.num_recurrences, self.config.depth, ctx.draw
+        if given is not None:
+            if given < 1:
+                raise UserError(f"num_recurrences={given}: expected at least 1")
+            return given
+        if not self.training or depth is None or draw is None:
+            return self.config.num_recurrences
+        step = draw.step if depth.per == "step" else draw.micro_batch
+        return depth.draw(draw.seed, step, self.config.backprop)
+
+    def _start(self, ctx: Context) -> Iteration:
+        if ctx.halting is not None and ctx.halting.config is not None:
+            return ctx.halting.config.build(0).start()
+        return Iteration() if self.halt is None else self.halt.start()
+
+    def _initial_state(self, e: Tensor, position: Tensor, ctx: Context) -> Tensor:
+        if ctx.latent is not None:
+            return ctx.latent.to(e.dtype)
+        if self.config.initial_state == "embedding":
+            return e
+        if self.config.initial_state == "zero":
+            return torch.zeros_like(e)
+        draw = ctx.draw
+        seed = () if draw is None else (draw.seed, draw.step)
+        samples_B = None if draw is None else draw.samples
+        latent = random_latent(position, samples_B, e.shape[-1], self.config.initial_std, *seed)
+        return latent.to(e.dtype)
+
+    def _injection(self, e: Tensor, position: Tensor) -> Inject:
+        """Return what makes the core's input; what does not change with s is computed here."""
+        D, adapter = e.shape[-1], self.adapter
+        if adapter is not None:
+            fixed: Tensor | None = F.linear(e, adapter.weight[:, D:])
+        else:
+            fixed = e if self.config.inject == "add" else None
+        if self.config.step_signal == "sinusoid":
+            wave = sinusoid(position, D).to(e.dtype)
+            fixed = wave if fixed is None else fixed + wave
+
+        def inject(i: int, latent: Tensor) -> Tensor:
+            u = latent if adapter is None else F.linear(latent, adapter.weight[:, :D])
+            u = u if fixed is None else u + fixed
+            if self.step_embedding is not None:
+                u = u + self.step_embedding[min(i, len(self.step_embedding) - 1)]
+            elif self.config.step_signal == "sinusoid":
+                u = u + sinusoid(torch.tensor(i + 1, device=u.device), D).to(u.dtype)
+            return u
+
+        return inject
+
+    def _leave(
+        self, latent: Tensor, around: Surroundings, state: State | None, keep_state: bool
+    ) -> tuple[Tensor, State]:
+        x = around.norm(latent) if self.config.norm_core_output else latent
+        return run_once(self.coda, x, around.run, state, keep_state)
+
+    def init_state(
+        self,
+        blocks: dict[int, State],
+        batch_size: int,
+        device: torch.device,
+        num_recurrences: int | None,
+    ) -> State:
+        """Return the state before the first token: the core's once a slot; see Stack."""
+        once = {i: state for i, state in blocks.items() if i not in self.core}
+        state = super().init_state(once, batch_size, device, num_recurrences)
+        slots = self.config.cache.num_slots(num_recurrences or self.config.num_recurrences)
+        for j, i in enumerate(self.core):
+            repeated = {key: torch.stack([x] * slots, 1) for key, x in blocks[i].items()}
+            state |= prefixed(repeated, f"core.{j}.")
+        state[POSITION] = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return state
+
+    def init_weights(self, init: Initializer) -> None:
+        """Draw adapter and step embeddings with std; see Stack."""
+        if self.adapter is not None:
+            init.normal(self.adapter.weight, init.std)
+        if self.step_embedding is not None:
+            init.normal(self.step_embedding, init.std)
+        for part in (self.update, self.halt):
+            if part is not None:
+                part.init_weights(init)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what LoopMetrics has seen; see Stack."""
+        return self.seen.take()
+
+
+def sinusoid(number: Tensor, d_model: int) -> Tensor:
+    """Return sin and cos of whole numbers (...), alternating over d_model channels: (..., d_model).
+
+    Channel pair j turns by 10000^(-2j / d_model) (arXiv 1706.03762, section 3.5), in float32.
+    """
+    pair_C = torch.arange(d_model, device=number.device)
+    rate_C = 10_000.0 ** (-(pair_C - pair_C % 2) / d_model)
+    angle = number[..., None] * rate_C
+    return torch.where(pair_C % 2 == 0, angle.sin(), angle.cos())
+
+
+def _position(x: Tensor, ctx: Context, state: State | None) -> Tensor:
+    """Return each token's position in its document, int64 (B, T) or (B,)."""
+    if state is None:
+        first_B = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    else:
+        first_B = state[POSITION]
+    return first_B if x.dim() == 2 else positions(x.shape[1], ctx.resets, first_B)

@@ -26,6 +26,11 @@ class StackConfig(Registered):
         """Say what does not fit this number of blocks, one line each; empty when all is well."""
         return []
 
+    @property
+    def core_blocks(self) -> range:
+        """The indices of the blocks that a forward pass runs again and again."""
+        return range(0)
+
     def times_run(self, num_layers: int, num_recurrences: float | None = None) -> list[float]:
         """Return how often a forward pass runs each block, by default as often as in decoding."""
         return [1.0] * num_layers
@@ -202,6 +207,11 @@ class LoopedConfig(StackConfig):
             f"prelude={self.prelude} + core={self.core} + coda={self.coda} = {total}; expected "
             f"num_layers={num_layers}"
         ]
+
+    @property
+    def core_blocks(self) -> range:
+        """Those after the prelude."""
+        return range(self.prelude, self.prelude + self.core)
 
     def times_run(self, num_layers: int, num_recurrences: float | None = None) -> list[float]:
         """The core's blocks run once a recurrence."""

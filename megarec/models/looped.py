@@ -37,9 +37,8 @@ class Looped(Stack):
     def __init__(self, config: LoopedConfig, num_layers: int, d_model: int) -> None:
         super().__init__()
         self.config = config
-        first, last = config.prelude, num_layers - config.coda
-        self.prelude, self.core = range(first), range(first, last)
-        self.coda = range(last, num_layers)
+        self.core = config.core_blocks
+        self.prelude, self.coda = range(self.core.start), range(self.core.stop, num_layers)
         concat, steps = config.inject == "concat", config.num_step_embeddings
         self.adapter = nn.Linear(2 * d_model, d_model, bias=False) if concat else None
         self.step_embedding = nn.Parameter(torch.empty(steps, d_model)) if steps else None

@@ -55,8 +55,6 @@ class Stack(nn.Module):
 
     recompute = False
     """Free the activations of each recurrence in the forward pass, and compute them again."""
-    core: range = range(0)
-    """Indices of the blocks that run again and again."""
 
     @abstractmethod
     def forward(

@@ -37,7 +37,9 @@ def recompute(model: Backbone, what: str) -> None:
     looped = what == "recurrence"
     model.stack.recompute = looped
     for name, block in model.layers():
-        block.recompute = what == "full" or (looped and int(name) not in model.stack.core)
+        block.recompute = what == "full" or (
+            looped and int(name) not in model.config.stack.core_blocks
+        )
 
 
 def build_frozen_model(
@@ -70,7 +72,10 @@ def shard(model: Backbone, config: Config, mesh: DeviceMesh) -> None:
         )
 
     for name, block in model.layers():
-        again = config.parallel.reshard_after_forward and int(name) not in model.stack.core
+        again = (
+            config.parallel.reshard_after_forward
+            and int(name) not in model.config.stack.core_blocks
+        )
         if compute != torch.float32:
             for module in block.float32_modules():
                 unit(module, torch.float32, again)

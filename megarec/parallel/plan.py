@@ -65,7 +65,7 @@ def memory_per_rank(config: Config, dp_shard: int) -> dict[str, float]:
     per_token = [params / model.d_model + 2 * model.d_model for params in blocks]
     depth = model.stack.training_recurrences()
     runs = model.stack.times_trained(len(blocks), depth)
-    core = [i for i, times in enumerate(model.stack.times_run(len(blocks))) if times > 1]
+    core = model.stack.core_blocks
     checkpointing = config.parallel.activation_checkpointing
     if checkpointing == "full":
         activations = sum(runs) * model.d_model + max(per_token)

@@ -50,6 +50,7 @@ def build_hooks(config: "Config") -> list[Hook]:
     own = ["jsonl:JsonlLog"]
     own += ["wandb:WandbLog"] if logging.wandb is not None else []
     own += ["tensorboard:TensorBoardLog"] if logging.tensorboard else []
+    own += ["loop_monitor:LoopMonitor"] if config.model.stack.core_blocks else []
     own += [optional[name] for name in config.hooks if name in optional]
     # Those that act come last: they raise events that the others must be ready for.
     own += ["evaluation:Evaluation", "checkpoint:Checkpoint"]

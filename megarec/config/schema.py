@@ -147,12 +147,14 @@ class ParallelConfig(StrictModel):
     """Data parallelism: parameters sharded `dp_shard` ways (-1: what is left) and replicated.
 
     `activation_checkpointing` recomputes each block (`full`), or each recurrence of a looped stack
-    as a whole (`recurrence`).
+    as a whole (`recurrence`). `hold_core` keeps a looped core gathered over its recurrences; false
+    gathers each of its blocks anew, which costs less memory and much communication.
     """
 
     dp_replicate: PositiveInt = 1
     dp_shard: Annotated[int, Field(ge=-1)] = -1
     reshard_after_forward: bool = True
+    hold_core: bool = True
     activation_checkpointing: Literal["none", "full", "recurrence"] = "none"
 
     @model_validator(mode="after")

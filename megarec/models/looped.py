@@ -41,7 +41,7 @@ class Looped(Stack):
         self.prelude, self.coda = range(self.core.start), range(self.core.stop, num_layers)
         concat, steps = config.inject == "concat", config.num_step_embeddings
         self.adapter = nn.Linear(2 * d_model, d_model, bias=False) if concat else None
-        self.step_embedding = nn.Parameter(torch.empty(steps, d_model)) if steps else None
+        self.step_embedding = nn.Embedding(steps, d_model) if steps else None
         self.update = config.update.build(d_model) if config.update is not None else None
         self.halt = config.halt.build(d_model) if config.halt is not None else None
         self.seen = LoopMetrics()
@@ -184,7 +184,8 @@ class Looped(Stack):
             u = latent if adapter is None else F.linear(latent, adapter.weight[:, :D])
             u = u if fixed is None else u + fixed
             if self.step_embedding is not None:
-                u = u + self.step_embedding[min(i, len(self.step_embedding) - 1)]
+                step = min(i, self.step_embedding.num_embeddings - 1)
+                u = u + self.step_embedding.weight[step]
             elif self.config.step_signal == "sinusoid":
                 u = u + sinusoid(torch.tensor(i + 1, device=u.device), D).to(u.dtype)
             return u
@@ -219,7 +220,7 @@ class Looped(Stack):
         if self.adapter is not None:
             init.normal(self.adapter.weight, init.std)
         if self.step_embedding is not None:
-            init.normal(self.step_embedding, init.std)
+            init.normal(self.step_embedding.weight, init.std)
         for part in (self.update, self.halt):
             if part is not None:
                 part.init_weights(init)

@@ -17,8 +17,8 @@ def is_decayed(name: str, parameter: nn.Parameter, *, embeddings: bool = False) 
     Norm scales, most biases and per-head parameters are vectors (the mask of xLSTM 7B,
     arXiv 2503.13427; with `embeddings` that of Huginn, 2502.05171). A tied head is the embedding.
     """
-    is_bias = name.rpartition(".")[2] == "bias"
-    return parameter.ndim >= 2 and not is_bias and (embeddings or not name.startswith("embedding."))
+    is_bias, is_embedding = name.split(".")[-1] == "bias", name.endswith("embedding.weight")
+    return parameter.ndim >= 2 and not is_bias and (embeddings or not is_embedding)
 
 
 def learning_rate_scales(names: Iterable[str], config: OptimizerConfig) -> dict[str, float]:

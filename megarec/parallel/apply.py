@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from megarec.config.model import ModelConfig
 from megarec.config.schema import Config
 from megarec.models.backbone import Backbone
+from megarec.models.block import Block
 from megarec.optim.build import freeze
 
 
@@ -57,31 +58,53 @@ def shard(model: Backbone, config: Config, mesh: DeviceMesh) -> None:
     """Apply FSDP2 (HSDP where parameters are replicated too) to each block and the root.
 
     Modules that a mixer keeps in float32 become units of their own. Master weights are float32;
-    gradients are reduced in float32. What is run again at once, the core of a looped stack, stays
-    gathered from its first recurrence to the last.
+    gradients are reduced in float32. The core of a looped stack is one unit, gathered once in a
+    micro-batch and held over all recurrences, forward and backward (see `release_core`), unless
+    `hold_core` is false.
     """
     data_mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
     compute = getattr(torch, config.precision.compute)
+    reshard = config.parallel.reshard_after_forward
 
-    def unit(module: nn.Module, dtype: torch.dtype, reshard_after_forward: bool) -> None:
+    def unit(modules: list[nn.Module], dtype: torch.dtype, reshard_after_forward: bool) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         fully_shard(
-            module, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+            modules, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
         )
 
-    for name, block in model.layers():
-        again = (
-            config.parallel.reshard_after_forward
-            and int(name) not in model.config.stack.core_blocks
-        )
+    held = held_blocks(model, config)
+    for _, block in model.layers():
         if compute != torch.float32:
             for module in block.float32_modules():
-                unit(module, torch.float32, again)
-        unit(block, compute, again)
+                unit([module], torch.float32, reshard and block not in held)
+        if block not in held:
+            unit([block], compute, reshard)
+    if held:
+        unit(list(held), compute, False)
+        for held_unit in held_units(held):
+            held_unit.set_reshard_after_backward(False, recurse=False)
     # The root's parameters (embedding, norm, head) are needed again right after the forward.
-    unit(model, compute, False)
+    unit([model], compute, False)
+
+
+def held_blocks(model: Backbone, config: Config) -> list[Block]:
+    """Return the blocks that stay gathered over the recurrences of a looped stack."""
+    core = model.config.stack.core_blocks if config.parallel.hold_core else range(0)
+    return [block for name, block in model.layers() if int(name) in core]
+
+
+def held_units(held: list[Block]) -> list[FSDPModule]:
+    """Return the FSDP units in blocks that are held."""
+    modules = [module for block in held for module in block.modules()]
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def release_core(model: Backbone, config: Config) -> None:
+    """Give back what is held, so that gradients reach the shards; call it after each backward."""
+    for module in held_units(held_blocks(model, config)):
+        module.reshard()
 
 
 def assign_shard(parameter: Tensor, whole: Tensor) -> None:

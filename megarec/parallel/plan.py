@@ -74,7 +74,8 @@ def memory_per_rank(config: Config, dp_shard: int) -> dict[str, float]:
         activations = (outside + max(runs)) * model.d_model + sum(per_token[i] for i in core)
     else:
         activations = repeated(per_token, runs)
-    gathered = root + 2.0 * max(blocks) + sum(blocks[i] for i in core)
+    held = sum(blocks[i] for i in core) if config.parallel.hold_core else 0
+    gathered = root + 2.0 * max(blocks) + held
     chunk = min(model.head.chunk_size, tokens)
     return {
         "parameters": 4.0 * num_params / dp_shard,

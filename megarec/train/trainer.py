@@ -23,6 +23,7 @@ from megarec.models.context import Context, Draw
 from megarec.optim.build import build_optimizer, set_learning_rate
 from megarec.optim.clip import clip_gradients, gradient_norm
 from megarec.optim.schedule import learning_rate
+from megarec.parallel.apply import release_core
 from megarec.train.environment import Environment
 from megarec.train.faults import fault
 from megarec.train.hooks import Hook
@@ -192,6 +193,7 @@ class Trainer:
             )
             # Data parallelism averages gradients over ranks: undo that, divide by all tokens.
             (loss * (self.env.world_size / max(tokens, 1))).backward()
+            release_core(self.model, self.config)
             for name, term in {"loss": loss, **terms}.items():
                 sums[name] = sums.get(name, 0.0) + term.detach().double()
         return {name: total.item() / max(tokens, 1) for name, total in sums.items()}

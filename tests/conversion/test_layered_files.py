@@ -112,8 +112,8 @@ MANY = {
         [
             "blocks.a.mixer and ffn: a layer of the architecture is mixer or ffn",
             "blocks.a.ffn.type=swiglu: the architecture has squared_relu, gelu only",
-            'blocks.a.mixer.rope={"base":10000.0,"interleaved":false,"fraction":1.0,"scaling":null}: the architecture '
-            "has null only",
+            'blocks.a.mixer.rope={"base":10000.0,"interleaved":false,"fraction":1.0,'
+            '"scaling":null}: the architecture has null only',
             "blocks.s.ffn.type=swiglu: the architecture has squared_relu, gelu only",
             "blocks.m.mixer.dt_limit=(0.0, 0.1): the architecture has (0.0, inf) only",
             "head.soft_cap=30.0: the architecture does not cap its logits",

@@ -4,29 +4,18 @@ from typing import Any
 
 import pytest
 import torch
+from looped_models import POISSON, looped_config
 from pydantic import ValidationError
 from small import model_config, random_model
 from torch import Tensor
 from torch.nn import functional as F
 
-from megarec.config.model import ModelConfig
 from megarec.errors import UserError
 from megarec.models import Backbone, build_model
 from megarec.models.context import Context, Draw
 from megarec.models.halting import Halting, LatentConfig
 from megarec.models.latent import random_latent
 from megarec.models.loop_metrics import token_correlation
-
-ATTENTION = {"type": "attention", "num_heads": 2}
-STACK = {"type": "looped", "prelude": 1, "core": 2, "coda": 1, "num_recurrences": 4}
-POISSON = {"type": "lognormal_poisson", "mean": 3}
-
-
-def looped_config(**stack: Any) -> ModelConfig:
-    blocks = {"b": {"mixer": ATTENTION, "ffn": {"d_ff": 24}, "norm_placement": "sandwich"}}
-    return model_config(
-        d_model=16, num_layers=4, blocks=blocks, pattern=["b"], head={}, stack=STACK | stack
-    )
 
 
 def looped(**stack: Any) -> Backbone:

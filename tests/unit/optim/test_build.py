@@ -7,7 +7,13 @@ from small import model_config, random_model
 from megarec.config.loader import load_config
 from megarec.config.schema import OptimizerConfig
 from megarec.errors import UserError
-from megarec.optim.build import build_optimizer, freeze, learning_rate_scales, set_learning_rate
+from megarec.optim.build import (
+    build_optimizer,
+    freeze,
+    is_decayed,
+    learning_rate_scales,
+    set_learning_rate,
+)
 from megarec.optim.ellis_adam import ELLISAdam
 
 
@@ -70,6 +76,12 @@ def test_what_decays(kind: str, tied: bool) -> None:
     assert decayed[False] == matrices - {"embedding.weight"}
     assert ("head.weight" in decayed[False]) == (not tied)
     assert not any("norm" in name or name.endswith("bias") for name in decayed[True])
+
+
+def test_vectors_of_recurrences_are_embeddings() -> None:
+    weight = torch.nn.Parameter(torch.empty(4, 8))
+    assert not is_decayed("stack.step_embedding.weight", weight)
+    assert is_decayed("stack.step_embedding.weight", weight, embeddings=True)
 
 
 def test_each_type_has_its_own_optimizer_and_defaults() -> None:

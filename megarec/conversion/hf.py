@@ -73,7 +73,8 @@ def export_hf(
     target = target_for_export(model.config, model_type)
     config = target.export_config(model.config)
     config |= token_ids(tokenizer, model.config.vocab_size)
-    config["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    config |= dict.fromkeys(target.dtype_keys, dtype)
     notes = target.notes(model.config)
     if model.config.head.tie_embeddings and not target.can_tie:
         notes.append("Embeddings were tied in training; here `lm_head` is a copy of them.")
@@ -130,7 +131,11 @@ def import_hf(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(*config_errors(error, hf, ModelConfig, str(path))) from None
     except UserError as error:
         raise UserError(*(f"{path}: {line}" for line in error.lines)) from None
-    tensors = target.import_tensors(config, _read_tensors(folder))
+    tensors = _read_tensors(folder)
+    try:
+        tensors = target.import_tensors(config, tensors)
+    except UserError as error:
+        raise UserError(*(f"{folder}: {line}" for line in error.lines)) from None
     with torch.device("meta"):
         check_tensors(str(folder), tensors, Backbone(config).state_dict())
     return config, tensors

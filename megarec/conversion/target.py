@@ -30,11 +30,13 @@ class Target(ABC):
         layer_prefix: of the parameters of layer 0, 1, ... there, before the number.
         block_names: own name -> name there, of a layer's parameters outside of its mixer.
         mixers: type of mixer -> prefix of its parameters in a layer there, for all that it has.
+        leaf_names: name of a mixer's parameter by its hf_names() -> name there, where it differs.
         old_prefixes: beginnings of names in older files -> what they are now.
         unused: endings of names in older files that mean nothing.
+        dtype_keys: of config.json.
         modeling_file: name of a file in ``megarec/conversion/modeling`` that exports carry, where
             transformers has no class of its own. It is plain source for users: megarec copies it
-            and never runs it. Such targets subclass ``OwnTarget``.
+            and never runs it. All but those of released layouts subclass ``OwnTarget``.
     """
 
     model_type: ClassVar[str]
@@ -44,8 +46,10 @@ class Target(ABC):
     layer_prefix: ClassVar[str]
     block_names: ClassVar[dict[str, str]]
     mixers: ClassVar[dict[str, str]]
+    leaf_names: ClassVar[dict[str, str]] = {}
     old_prefixes: ClassVar[dict[str, str]] = {}
     unused: ClassVar[tuple[str, ...]] = ()
+    dtype_keys: ClassVar[tuple[str, ...]] = ("dtype",)
     modeling_file: ClassVar[str | None] = None
     members: ClassVar[dict[str, type["Target"]]] = {}
 
@@ -91,10 +95,14 @@ class Target(ABC):
         for i in range(config.num_layers):
             block = blocks[config.pattern[i % len(config.pattern)]]
             names |= {
-                f"blocks.{i}.{own}": f"{self.layer_prefix}{i}.{theirs}"
+                f"blocks.{i}.{own}": f"{self.layer_name(i, config)}.{theirs}"
                 for own, theirs in block.items()
             }
         return names
+
+    def layer_name(self, i: int, config: ModelConfig) -> str:
+        """Return the architecture's name of layer i of a model."""
+        return f"{self.layer_prefix}{i}"
 
     def _layer_names(self, config: BlockConfig, model: ModelConfig) -> dict[str, str]:
         with torch.device("meta"):
@@ -104,7 +112,10 @@ class Target(ABC):
         if config.mixer is not None and block.mixer is not None:
             prefix = self.mixers[config.mixer.type]
             leaves = block.mixer.hf_names()
-            names |= {f"mixer.{name}": f"{prefix}.{leaf}" for name, leaf in leaves.items()}
+            names |= {
+                f"mixer.{name}": f"{prefix}.{self.leaf_names.get(leaf, leaf)}"
+                for name, leaf in leaves.items()
+            }
         return names
 
     def export_tensors(

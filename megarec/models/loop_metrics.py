@@ -10,11 +10,12 @@ from torch.nn import functional as F
 class LoopMetrics:
     """Numbers of the loop, averaged over the micro-batches since they were last taken.
 
-    `loop/recurrences`; of the last latent state s_r `loop/token_correlation`, the mean cosine
-    between different tokens of a row (near 1 all tokens are alike: the collapse of arXiv
-    2502.05171, section 4.3), `loop/residual`, |s_r - s_(r-1)| / |s_r|, and `loop/state_norm`,
-    |s_r| a token; `loop/grad_norm/<j>`, the norm of the loss gradient at the j-th latest state,
-    j = 1, 2, 4 and so on: what explodes or dies on the way back.
+    `loop/recurrences`, and where tokens halt `loop/steps`, how many of them a token makes. Of the
+    last latent state s_r `loop/token_correlation`, the mean cosine between different tokens of a
+    row (near 1 all tokens are alike: the collapse of arXiv 2502.05171, section 4.3),
+    `loop/residual`, |s_r - s_(r-1)| / |s_r|, and `loop/state_norm`, |s_r| a token.
+    `loop/grad_norm/<j>` is the norm of the loss gradient at the j-th latest state, j = 1, 2, 4 and
+    so on: what explodes or dies on the way back.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,11 @@ class LoopMetrics:
             self._add("token_correlation", token_correlation(new).mean())
             self._add("residual", ((new - old).norm(dim=-1) / norm_BT).mean())
             self._add("state_norm", norm_BT.mean())
+
+    def count(self, num_steps: Tensor | None) -> None:
+        """Take how often each token has iterated; None where all always do."""
+        if num_steps is not None:
+            self._add("steps", num_steps.float().mean())
 
     def take(self) -> dict[str, float]:
         """Return the averages, and begin anew."""

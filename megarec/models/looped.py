@@ -88,8 +88,8 @@ class Looped(Stack):
         backprop = self.config.backprop if self.training else None
         num_free = max(num_recurrences - (backprop or num_recurrences), 0)
         cache = DepthCache(self.config.cache, self.core, state, num_recurrences)
-        # Recurrences that no token needs may be left out, unless their state is asked for.
-        may_stop = not keep_state or self.config.cache.type != "full"
+        # What no token needs is left out in decoding alone: elsewhere all ranks must do the same.
+        may_stop = e.dim() == 2 and self.config.cache.type != "full"
         latent, inject = self._initial_state(e, position, ctx), self._injection(e, position)
         rows_B = torch.ones(len(e), dtype=torch.bool, device=e.device)
 
@@ -106,10 +106,11 @@ class Looped(Stack):
                     self.seen.see(i, num_recurrences, latent, new)
                 latent = iteration.advance(latent, new, readout)
             if may_stop and iteration.running is not None:
-                if not iteration.running.any():
+                rows_B = iteration.running
+                if not rows_B.any():
                     break
-                if iteration.running.dim() == 1:
-                    rows_B = iteration.running
+        if self.training:
+            self.seen.count(iteration.num_steps)
         if ctx.halting is not None:
             always = torch.full_like(position, num_recurrences)
             ctx.halting.count(always if iteration.num_steps is None else iteration.num_steps)

@@ -4,6 +4,7 @@ import torch
 import yaml
 
 from megarec.config.schema import Config
+from megarec.config.stack import LoopedConfig
 from megarec.errors import UserError
 from megarec.models.backbone import Backbone
 from megarec.parallel.plan import plan
@@ -37,9 +38,18 @@ def describe(config: Config, world_size: int) -> str:
     if config.distill is not None:
         path = config.distill.teacher
         teacher = [f"teacher: {path} (sharded alike; its memory and FLOPs are not counted)"]
+    loop = []
+    stack = config.model.stack
+    if isinstance(stack, LoopedConfig):
+        last = "all" if stack.backprop is None else f"the last {stack.backprop}"
+        loop = [
+            f"recurrences: {stack.training_recurrences():g} on average in training, {last} "
+            f"differentiated; {stack.num_recurrences} in evaluation and decoding"
+        ]
     lines = [
         f"parameters: {sizes.num_params:,}",
         f"FLOPs per token: {sizes.flops_per_token / 1e9:.4g} GFLOP (forward and backward)",
+        *loop,
         f"decoding state: {_decoding_state(config)} (float32)",
         f"processes: {world_size} ({axes})",
         f"memory per rank: about {sum(sizes.memory_bytes.values()) / GIB:.2f} GiB ({memory})",

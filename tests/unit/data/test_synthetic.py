@@ -24,6 +24,11 @@ TASKS = {
     "a5": make_task("group", group="a5"),
     "s5": make_task("group", group="s5"),
     "s5_generators": make_task("group", group="s5", generators=True),
+    "khop": make_task("khop"),
+    "khop_context": make_task(
+        "khop", in_context=True, num_entities=6, num_relations=1, num_queries=5
+    ),
+    "nested_logic": make_task("nested_logic"),
     "hmm": make_task("hmm"),
 }
 EXACT = [name for name in TASKS if name != "hmm"]
@@ -174,6 +179,12 @@ def test_sources() -> None:
         ("mqar", {}, 30),
         ("mqar", {"vocab_size": 16}, 48),
         ("group", {"group": "z5", "generators": True}, 8),
+        ("khop", {}, 39),
+        ("khop", {"min_hops": 5}, 48),
+        ("khop", {"in_context": True}, 423),
+        ("khop", {"num_relations": 1, "num_entities": 4}, 48),
+        ("nested_logic", {}, 24),
+        ("nested_logic", {"min_depth": 5}, 48),
         ("hmm", {"num_states": 2}, 8),
         ("hmm", {"support": 9}, 8),
     ],

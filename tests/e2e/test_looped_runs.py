@@ -29,7 +29,7 @@ def steps(runs: Path, name: str) -> list[dict[str, Any]]:
 def test_a_resumed_run_draws_the_same_depths(tmp_path: Path) -> None:
     assert session(tmp_path, "whole", **SECTIONS) == 0
     assert session(tmp_path, "parts", **SECTIONS, hooks=["e2e_runs:StopOneRank"]) == 75
-    assert session(tmp_path, "parts", **SECTIONS) == 0
+    assert session(tmp_path, "parts", **SECTIONS, force=True) == 0
     assert losses(tmp_path, "parts") == losses(tmp_path, "whole")
     found = [r["loop/recurrences"] for r in steps(tmp_path, "parts")]
     # Micro-batches of 2 make a step of 8 samples: each has drawn its own.

@@ -69,7 +69,7 @@ class LayeredTarget(Target):
             for name, block in blocks.items()
             for line in self._block_obstacles(block, config)
         ]
-        differing = [] if problems else self._differing(list(blocks.values()), config.d_model)
+        differing = [] if problems else differing_fields(list(blocks.values()), config.d_model)
         if differing:
             problems.append(
                 f"blocks {', '.join(blocks)} differ in {', '.join(differing)}: the architecture "
@@ -101,11 +101,7 @@ class LayeredTarget(Target):
     def mixer_obstacles(self, mixer: MixerConfig, config: ModelConfig) -> list[str]:
         """Name what the architecture lacks of a mixer whose type it has, one line each."""
         shape = mixer_shape(mixer, config.d_model)
-        problems = [
-            f"{field}={_shown(shape[field])}: the architecture has {_shown(value)} only"
-            for field, value in self.fixed[mixer.type].items()
-            if shape[field] != value
-        ]
+        problems = fixed_obstacles(shape, self.fixed[mixer.type])
         if "norm_eps" in self.keys[mixer.type] and shape["norm_eps"] != config.norm.eps:
             problems.append(
                 f"norm_eps={shape['norm_eps']} differs from norm.eps={config.norm.eps}: the "
@@ -120,20 +116,6 @@ class LayeredTarget(Target):
                 f"demands a multiple of d_model={config.d_model}"
             )
         return problems
-
-    def _differing(self, blocks: list[BlockConfig], d_model: int) -> list[str]:
-        """Return what differs between blocks that have it."""
-        values: dict[str, set[Any]] = {}
-        for block in blocks:
-            facts: dict[str, Any] = {"residual_scale": block.residual_scale}
-            if block.mixer is not None:
-                shape = mixer_shape(block.mixer, d_model)
-                facts |= {f"{block.mixer.type}.{field}": x for field, x in shape.items()}
-            if block.ffn is not None:
-                facts |= {"ffn.type": block.ffn.type, "ffn.d_ff": block.ffn.d_ff}
-            for key, value in facts.items():
-                values.setdefault(key, set()).add(value)
-        return [key for key, found in values.items() if len(found) > 1]
 
     def notes(self, config: ModelConfig) -> list[str]:
         """Tell of document boundaries; see Target."""
@@ -217,6 +199,30 @@ def mixer_shape(mixer: MixerConfig, d_model: int) -> dict[str, Any]:
         if not mixer.qk_norm:
             del shape["norm_eps"]
     return shape
+
+
+def differing_fields(blocks: list[BlockConfig], d_model: int) -> list[str]:
+    """Return what differs between blocks that have it."""
+    values: dict[str, set[Any]] = {}
+    for block in blocks:
+        facts: dict[str, Any] = {"residual_scale": block.residual_scale}
+        if block.mixer is not None:
+            shape = mixer_shape(block.mixer, d_model)
+            facts |= {f"{block.mixer.type}.{field}": x for field, x in shape.items()}
+        if block.ffn is not None:
+            facts |= {"ffn.type": block.ffn.type, "ffn.d_ff": block.ffn.d_ff}
+        for key, value in facts.items():
+            values.setdefault(key, set()).add(value)
+    return [key for key, found in values.items() if len(found) > 1]
+
+
+def fixed_obstacles(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[str]:
+    """Name the fields that differ from the only value that an architecture has."""
+    return [
+        f"{field}={_shown(values[field])}: the architecture has {_shown(value)} only"
+        for field, value in fixed.items()
+        if values[field] != value
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -1,5 +1,7 @@
-"""The golden model, for all conversion tests."""
+"""The golden model, for all conversion tests, and a place for the code that exports carry."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +27,13 @@ def arrays() -> dict[str, Any]:
             name: torch.from_numpy(file[name]) if file[name].dtype.kind != "U" else file[name]
             for name in file.files
         }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep the copies that transformers makes of the files it runs out of the user's cache."""
+    folder = tmp_path_factory.mktemp("code")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+        patch.setattr(sys, "path", list(sys.path))
+        yield folder

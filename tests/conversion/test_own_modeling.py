@@ -6,13 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from unittest.mock import patch
 
 import pytest
 import torch
+from conversion.own_exports import LONGEST, PROMPTS, edited, load_trusted, padded
 from conversion.test_convert_cli import ROOT, convert_here
 from conversion.tiny_models import (
     LAYERED,
@@ -83,16 +83,6 @@ CASES = {
 MIXED = "gru and lstm, scales, tied"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep the copies that transformers makes of the files it runs out of the user's cache."""
-    folder = tmp_path_factory.mktemp("code")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
-        patch.setattr(sys, "path", list(sys.path))
-        yield folder
-
-
 @pytest.fixture(scope="module")
 def model() -> Backbone:
     return random_model(CASES[MIXED])
@@ -108,21 +98,6 @@ def export(model: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def theirs(export: Path) -> Any:
     return load_trusted(export)
-
-
-def load_trusted(folder: Path, **options: Any) -> Any:
-    return load_with_transformers(folder, trust_remote_code=True, **options)
-
-
-def edited(export: Path, folder: Path, **changes: Any) -> Path:
-    """Copy an export, and change its config.json; None removes a key."""
-    folder.mkdir()
-    for path in export.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    config = json.loads((folder / "config.json").read_text()) | changes
-    kept = {key: value for key, value in config.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(kept))
-    return folder
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -148,21 +123,6 @@ def test_own_round_trip_is_bitwise(tmp_path: Path, case: str) -> None:
     imported, _ = load_model(tmp_path / "out")
     assert imported.config == model.config
     assert_same_weights(imported, model)
-
-
-PROMPTS = [[5, 1, 250, 3, 77, 0, 9], [42], [256, 7, 7]]
-LONGEST = max(map(len, PROMPTS))
-
-
-def padded(left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the prompts, padded with a token that means something, and their mask."""
-    ids, mask = [], []
-    for prompt in PROMPTS:
-        padding = [3] * (LONGEST - len(prompt))
-        ids.append(padding + prompt if left else prompt + padding)
-        ones, zeros = [1] * len(prompt), [0] * len(padding)
-        mask.append(zeros + ones if left else ones + zeros)
-    return torch.tensor(ids), torch.tensor(mask)
 
 
 @torch.no_grad()

@@ -94,7 +94,7 @@ class Backbone(nn.Module):
         self, input_ids: Tensor, ctx: Context | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         """Return what the head reads, (B, T, D), and the state after the last token."""
-        passed = self._pass(input_ids, ctx or Context(), state, True)
+        passed = self._pass(input_ids, self._context(ctx, None), state, True)
         return self.norm(passed.x), passed.state
 
     def step(
@@ -116,16 +116,24 @@ class Backbone(nn.Module):
         ctx = ctx or Context()
         if num_recurrences is not None:
             ctx = replace(ctx, num_recurrences=num_recurrences)
-        if ctx.num_recurrences is not None and not isinstance(self.stack, Looped):
+        if isinstance(self.stack, Looped):
+            return ctx
+        if ctx.num_recurrences is not None:
             raise UserError(
                 f"num_recurrences={ctx.num_recurrences}: model.stack is not looped; leave it out"
             )
+        if ctx.halting is not None:
+            raise UserError("halting: model.stack is not looped; leave it out")
         return ctx
 
     def _pass(
         self, input_ids: Tensor, ctx: Context, state: State | None, keep_state: bool
     ) -> Passed:
         """Run all but the last norm and the head, on sequences (B, T) or a token (B,)."""
+        return self.stack(self.embed(input_ids), ctx, self.surroundings(ctx), state, keep_state)
+
+    def surroundings(self, ctx: Context) -> Surroundings:
+        """Return what a stack may use of the model, its blocks running in a context."""
 
         def run(i: int, x: Tensor, state: State | None) -> tuple[Tensor, State]:
             block = self.block(i)
@@ -139,8 +147,7 @@ class Backbone(nn.Module):
         def readout(x: Tensor) -> Tensor:
             return self.head(self.norm(x), self.embedding.weight)
 
-        around = Surroundings(run, self._inherit, self.norm, readout)
-        return self.stack(self._embed(input_ids), ctx, around, state, keep_state)
+        return Surroundings(run, self._inherit, self.norm, readout)
 
     def _loss(
         self, passed: Passed, labels: Tensor, kept_BT: Tensor, criterion: Criterion | None
@@ -169,7 +176,8 @@ class Backbone(nn.Module):
             before = block.init_state(batch_size, self.embedding.weight.device)
         return block.mixer.inherit(before, deeper, num_tokens)
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return what the stack reads of ids (...): (..., D)."""
         x = self.embedding(input_ids)
         scale = self.config.embedding_scale
         return x if scale == 1 else x * scale

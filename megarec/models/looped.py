@@ -1,6 +1,6 @@
 """The looped stack (recurrent depth): prelude, a core that iterates on a latent state, coda."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,12 @@ from megarec.models.state import State, prefixed
 POSITION = "core.pos"
 """Key of the next token's position in its document, int64 (B,)."""
 
-Inject = Callable[[int, Tensor], Tensor]
-"""(number of the recurrence, latent state) -> what the core reads."""
+LATENT = "core.latent"
+"""Key of the last latent state of the last token, (B, D). A state that holds it asks for a warm
+start: the next token that comes alone begins from there, and the state after it holds its own."""
+
+Inject = Callable[[int | Tensor, Tensor], Tensor]
+"""(number of the recurrence, one for all or int64 (...), latent state) -> what the core reads."""
 
 
 class Looped(Stack):
@@ -59,17 +63,19 @@ class Looped(Stack):
         Raises:
             UserError: a number of recurrences below 1, or one that the state is not made for.
         """
-        e, after = run_once(self.prelude, x, around.run, state, keep_state)
-        position = _position(e, ctx, state)
+        e, after = self.enter(x, around, state, keep_state)
+        position = next_positions(e, ctx, state)
         iteration = self._start(ctx)
         latent, core_state = self._loop(e, position, ctx, around, iteration, state, keep_state)
         exits = iteration.exits()
         outputs = [exit for exit, _ in exits] or [iteration.output(latent)]
-        left = [self._leave(output, around, state, keep_state) for output in outputs]
+        left = [self.leave(output, around, state, keep_state) for output in outputs]
         x, coda_state = left[-1]
         if keep_state:
             after |= core_state | coda_state
             after[POSITION] = (position if position.dim() == 1 else position[:, -1]) + 1
+            if state is not None and LATENT in state:
+                after[LATENT] = latent if latent.dim() == 2 else latent[:, -1]
         weighted = [(x, w) for (x, _), (_, w) in zip(left, exits, strict=True)] if exits else []
         return Passed(x, after, weighted, iteration.penalty())
 
@@ -90,16 +96,17 @@ class Looped(Stack):
         cache = DepthCache(self.config.cache, self.core, state, num_recurrences)
         # What no token needs is left out in decoding alone: elsewhere all ranks must do the same.
         may_stop = e.dim() == 2 and self.config.cache.type != "full"
-        latent, inject = self._initial_state(e, position, ctx), self._injection(e, position)
+        latent, inject = self.initial_latent(e, position, ctx, state), self.injection(e, position)
         rows_B = torch.ones(len(e), dtype=torch.bool, device=e.device)
 
         @torch.no_grad()
         def readout(latent: Tensor) -> Tensor:
-            return around.readout(self._leave(latent, around, state, False)[0])
+            return around.readout(self.leave(latent, around, state, False)[0])
 
         for i in range(num_recurrences):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= num_free):
-                new, states = self._iterate(i, latent, inject, around.run, cache, keep_state)
+                before = cache.before(i)
+                new, states = self.recurrence(i, latent, inject, around.run, before, keep_state)
                 if keep_state:
                     cache.write(i, states, rows_B)
                 if self.training:
@@ -119,14 +126,34 @@ class Looped(Stack):
         cache.fill(around.inherit, e.shape[1] if e.dim() == 3 else 1)
         return latent, cache.state()
 
-    def _iterate(
-        self, i: int, latent: Tensor, inject: Inject, run: Run, cache: DepthCache, keep_state: bool
+    def enter(
+        self, x: Tensor, around: Surroundings, state: State | None, keep_state: bool
+    ) -> tuple[Tensor, State]:
+        """Run the prelude on embeddings; returns e and the state of its blocks."""
+        return run_once(self.prelude, x, around.run, state, keep_state)
+
+    def recurrence(
+        self,
+        i: int | Tensor,
+        latent: Tensor,
+        inject: Inject,
+        run: Run,
+        before: Sequence[State] | None,
+        keep_state: bool,
     ) -> tuple[Tensor, list[State]]:
-        """Make recurrence i; returns the next latent state and the states of the core's blocks."""
+        """Make recurrence i; returns the next latent state and the states of the core's blocks.
+
+        Args:
+            i: its number, one for all tokens or int64 (...).
+            latent: the latent state before it, (..., D).
+            inject: see `injection`.
+            run: runs a block.
+            before: the states that the core's blocks go on from; None at a start.
+            keep_state: return their states.
+        """
 
         def recurrence(latent: Tensor) -> tuple[Tensor, list[State]]:
             u, states = inject(i, latent), []
-            before = cache.before(i)
             for j, index in enumerate(self.core):
                 u, block_state = run(index, u, None if before is None else before[j])
                 states += [block_state] if keep_state else []
@@ -153,13 +180,24 @@ class Looped(Stack):
         return depth.draw(draw.seed, step, self.config.backprop)
 
     def _start(self, ctx: Context) -> Iteration:
-        if ctx.halting is not None and ctx.halting.config is not None:
-            return ctx.halting.config.build(0).start()
-        return Iteration() if self.halt is None else self.halt.start()
+        if ctx.halting is None or ctx.halting.config is None:
+            return Iteration() if self.halt is None else self.halt.start()
+        own = self.config.halt
+        if own is not None and own.learned:
+            raise UserError(
+                f"halting={ctx.halting.config.type}: the model has learned when to stop "
+                f"(stack.halt={own.type}); leave it out"
+            )
+        return ctx.halting.config.build(0).start()
 
-    def _initial_state(self, e: Tensor, position: Tensor, ctx: Context) -> Tensor:
+    def initial_latent(
+        self, e: Tensor, position: Tensor, ctx: Context, state: State | None
+    ) -> Tensor:
+        """Return s_0 of tokens (..., D), given e (..., D) and their positions (...)."""
         if ctx.latent is not None:
             return ctx.latent.to(e.dtype)
+        if state is not None and LATENT in state and e.dim() == 2:
+            return state[LATENT]
         if self.config.initial_state == "embedding":
             return e
         if self.config.initial_state == "zero":
@@ -170,7 +208,7 @@ class Looped(Stack):
         latent = random_latent(position, samples_B, e.shape[-1], self.config.initial_std, *seed)
         return latent.to(e.dtype)
 
-    def _injection(self, e: Tensor, position: Tensor) -> Inject:
+    def injection(self, e: Tensor, position: Tensor) -> Inject:
         """Return what makes the core's input; what does not change with s is computed here."""
         D, adapter = e.shape[-1], self.adapter
         if adapter is not None:
@@ -181,21 +219,23 @@ class Looped(Stack):
             wave = sinusoid(position, D).to(e.dtype)
             fixed = wave if fixed is None else fixed + wave
 
-        def inject(i: int, latent: Tensor) -> Tensor:
+        def inject(i: int | Tensor, latent: Tensor) -> Tensor:
             u = latent if adapter is None else F.linear(latent, adapter.weight[:, :D])
             u = u if fixed is None else u + fixed
             if self.step_embedding is not None:
-                step = min(i, self.step_embedding.num_embeddings - 1)
+                last = self.step_embedding.num_embeddings - 1
+                step = min(i, last) if isinstance(i, int) else i.clamp(max=last)
                 u = u + self.step_embedding.weight[step]
             elif self.config.step_signal == "sinusoid":
-                u = u + sinusoid(torch.tensor(i + 1, device=u.device), D).to(u.dtype)
+                u = u + sinusoid(torch.as_tensor(i + 1, device=u.device), D).to(u.dtype)
             return u
 
         return inject
 
-    def _leave(
+    def leave(
         self, latent: Tensor, around: Surroundings, state: State | None, keep_state: bool
     ) -> tuple[Tensor, State]:
+        """Run the coda on latent states; returns what the last norm reads, and its state."""
         x = around.norm(latent) if self.config.norm_core_output else latent
         return run_once(self.coda, x, around.run, state, keep_state)
 
@@ -242,7 +282,7 @@ def sinusoid(number: Tensor, d_model: int) -> Tensor:
     return torch.where(pair_C % 2 == 0, angle.sin(), angle.cos())
 
 
-def _position(x: Tensor, ctx: Context, state: State | None) -> Tensor:
+def next_positions(x: Tensor, ctx: Context, state: State | None) -> Tensor:
     """Return each token's position in its document, int64 (B, T) or (B,)."""
     if state is None:
         first_B = torch.zeros(len(x), dtype=torch.int64, device=x.device)

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COLLAPSED = 0.95
-"""Mean cosine between tokens above which the latent state says the same of all of them."""
+COLLAPSED, RECOVERED = 0.95, 0.8
+"""Mean cosine between tokens above which the latent state says the same of all of them, and below
+which it no longer does."""
 
 
 class LoopMonitor(Hook):
@@ -30,6 +31,7 @@ class LoopMonitor(Hook):
             trainer,
             "collapse",
             correlation > COLLAPSED,
+            correlation < RECOVERED,
             f"loop/token_correlation={correlation:.3f}: the latent states of all tokens are nearly "
             "alike; lower the learning rate, or check norms and injection",
         )
@@ -45,13 +47,17 @@ class LoopMonitor(Hook):
                 trainer,
                 f"unused {source}",
                 many >= few,
+                many < few,
                 f"valid/{source}: the loss at {depths[-1]} recurrences, {many:.4f}, is not below "
                 f"that at {depths[0]}, {few:.4f}: the model does not use its latent state",
             )
 
-    def _report(self, trainer: "Trainer", what: str, fails: bool, message: str) -> None:
-        if not fails or trainer.state.step <= trainer.config.schedule.warmup_steps:
+    def _report(
+        self, trainer: "Trainer", what: str, fails: bool, is_over: bool, message: str
+    ) -> None:
+        warming_up = trainer.state.step <= trainer.config.schedule.warmup_steps
+        if is_over:
             self._warned.discard(what)
-        elif what not in self._warned:
+        elif fails and not warming_up and what not in self._warned:
             self._warned.add(what)
             log.warning("step %d: %s", trainer.state.step, message)

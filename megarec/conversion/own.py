@@ -8,11 +8,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+
 from megarec.config.base import PositiveInt
-from megarec.config.model import ModelConfig
+from megarec.config.model import BlockConfig, ModelConfig
 from megarec.conversion.config_file import INFINITY, ConfigFile
 from megarec.conversion.target import Target, residual_obstacles, stack_obstacles
 from megarec.errors import UserError
+from megarec.models.backbone import build_stack
 
 BLOCK_NAMES = (
     "skip.weight",
@@ -21,6 +24,10 @@ BLOCK_NAMES = (
     "ffn.gate.weight",
     "ffn.up.weight",
     "ffn.down.weight",
+    "mixer_residual.norm.weight",
+    "mixer_residual.scale.weight",
+    "ffn_residual.norm.weight",
+    "ffn_residual.scale.weight",
 )
 
 
@@ -47,12 +54,16 @@ class OwnTarget(Target):
     Attributes:
         config_class: of the modeling file.
         model_class: of the modeling file, for causal language modeling.
+        norm_placements: that its blocks may have.
+        has_layer_scale: its blocks may have a `layer_scale`.
     """
 
     rank = 10
     modeling_file: ClassVar[str]
     config_class: ClassVar[str]
     model_class: ClassVar[str]
+    norm_placements: ClassVar[tuple[str, ...]] = ("pre",)
+    has_layer_scale: ClassVar[bool] = False
     model_names = {name: name for name in ("embedding.weight", "norm.weight", "head.weight")}
     layer_prefix = "blocks."
     block_names = {name: name for name in BLOCK_NAMES}
@@ -61,16 +72,36 @@ class OwnTarget(Target):
         """Name what the modeling file does not have; see Target."""
         blocks = {name: config.blocks[name] for name in config.pattern}
         mixers = {name: block.mixer for name, block in blocks.items()}
-        problems = stack_obstacles(config)
+        problems = []
+        if config.stack.type not in self.stacks:
+            problems = stack_obstacles(config) or [
+                f"stack={config.stack.type}: {self.modeling_file} has {', '.join(self.stacks)} only"
+            ]
         for name, block in blocks.items():
-            without_skip = block.model_copy(update={"learned_skip": False})
-            problems += [f"blocks.{name}.{line}" for line in residual_obstacles(without_skip)]
+            lines = residual_obstacles(block.model_copy(update=self._plain(block)))
+            problems += [f"blocks.{name}.{line}" for line in lines]
         return problems + [
             f"blocks.{name}.mixer.type={mixer.type}: {self.modeling_file} has "
             f"{', '.join(self.mixers)} only"
             for name, mixer in mixers.items()
             if mixer is not None and mixer.type not in self.mixers
         ]
+
+    def _plain(self, block: BlockConfig) -> dict[str, Any]:
+        """Return the keys of a block without what the file has of residual streams."""
+        plain: dict[str, Any] = {"learned_skip": False}
+        if block.norm_placement in self.norm_placements:
+            plain["norm_placement"] = "pre"
+        if self.has_layer_scale:
+            plain["layer_scale"] = None
+        return plain
+
+    def names(self, config: ModelConfig) -> dict[str, str]:
+        """Return the names; parameters beside the blocks keep theirs. See Target."""
+        with torch.device("meta"):
+            stack = build_stack(config)
+        names = [f"stack.{name}" for name, _ in stack.named_parameters()]
+        return super().names(config) | {name: name for name in names}
 
     def export_config(self, config: ModelConfig) -> dict[str, Any]:
         """Return config.json, with the classes that transformers finds in the file; see Target."""

@@ -30,6 +30,7 @@ class Target(ABC):
         layer_prefix: of the parameters of layer 0, 1, ... there, before the number.
         block_names: own name -> name there, of a layer's parameters outside of its mixer.
         mixers: type of mixer -> prefix of its parameters in a layer there, for all that it has.
+        stacks: types of stack that it has.
         leaf_names: name of a mixer's parameter by its hf_names() -> name there, where it differs.
         old_prefixes: beginnings of names in older files -> what they are now.
         unused: endings of names in older files that mean nothing.
@@ -46,6 +47,7 @@ class Target(ABC):
     layer_prefix: ClassVar[str]
     block_names: ClassVar[dict[str, str]]
     mixers: ClassVar[dict[str, str]]
+    stacks: ClassVar[tuple[str, ...]] = ("sequential",)
     leaf_names: ClassVar[dict[str, str]] = {}
     old_prefixes: ClassVar[dict[str, str]] = {}
     unused: ClassVar[tuple[str, ...]] = ()
@@ -216,14 +218,15 @@ def target_for_export(config: ModelConfig, model_type: str | None = None) -> Tar
 
     Raises:
         UserError: it, or none at all, can; every obstacle of every target asked that has the
-            model's mixers, one line each.
+            model's mixers, and if there is one its stack, too, one line each.
     """
     if model_type:
         asked = [target_for_import(model_type, "export")]
     else:
         types = {mixer.type for mixer in config.mixers}
         every = list(_targets().values())
-        asked = [target for target in every if types <= target.mixers.keys()] or every
+        with_mixers = [target for target in every if types <= target.mixers.keys()] or every
+        asked = [t for t in with_mixers if config.stack.type in t.stacks] or with_mixers
     problems = []
     for target in asked:
         obstacles = target.obstacles(config)

@@ -135,6 +135,7 @@ class HuginnRaven(Target):
         "ffn.down.weight": "mlp.proj.weight",
     }
     mixers = {"attention": "attn"}
+    stacks = ("looped",)
     leaf_names = {
         "q_proj.weight": "Wqkv.weight",
         "k_proj.weight": "Wqkv.weight",

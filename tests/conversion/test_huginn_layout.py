@@ -165,6 +165,12 @@ def test_another_beginning_is_not_called_takase() -> None:
     assert target.export_config(huginn_config({"depth": depth}))["sampling_scheme"] == "fixed"
 
 
+def test_another_cache_is_told_of() -> None:
+    target = target_for_import(MODEL_TYPE, "")
+    told = target.notes(huginn_config({"cache": {"type": "modulo", "slots": 1}}))
+    assert told[:-1] == target.notes(huginn_config()) and "`cache: modulo`" in told[-1]
+
+
 def test_the_contract_covers_it() -> None:
     case = Path(__file__).parents[1] / "contract/cases/models/looped_huginn.yaml"
     config = ModelConfig.model_validate(read_yaml(case))

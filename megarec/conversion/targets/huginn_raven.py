@@ -183,9 +183,10 @@ class HuginnRaven(Target):
 
     def notes(self, config: ModelConfig) -> list[str]:
         """Tell of depth, latent states, padding and the released code; see Target."""
-        return [
+        stack = _stack(config)
+        notes = [
             "`num_steps=...`, in a call or in `generate`, says how often the core iterates; by "
-            f"default {_stack(config).num_recurrences} times (`mean_recurrence`).",
+            f"default {stack.num_recurrences} times (`mean_recurrence`).",
             "A token's initial latent state is drawn from its position, so that results are "
             "reproducible; `input_states=...` replaces it.",
             "Texts of unequal length in one batch: pad them on the left "
@@ -196,6 +197,12 @@ class HuginnRaven(Target):
             f"these weights, too, if `auto_map` names it. It needs the table `{TABLE}` among them, "
             "which `save_pretrained` of the modeling file here, which does not, leaves out.",
         ]
+        if stack.cache.type != "full":
+            notes.append(
+                f"megarec decoded with `cache: {stack.cache.type}`; here the keys of every step are "
+                "kept, which computes what a call on the whole text computes."
+            )
+        return notes
 
     def layer_name(self, i: int, config: ModelConfig) -> str:
         """Return the name of a layer in its part of the stack; see Target."""

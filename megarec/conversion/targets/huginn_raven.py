@@ -199,7 +199,7 @@ class HuginnRaven(Target):
         ]
         if stack.cache.type != "full":
             notes.append(
-                f"megarec decoded with `cache: {stack.cache.type}`; here the keys of every step are "
+                f"megarec decoded with `cache: {stack.cache.type}`; here every step's keys are "
                 "kept, which computes what a call on the whole text computes."
             )
         return notes

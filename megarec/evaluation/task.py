@@ -31,6 +31,7 @@ def task_accuracy(
     num_sequences: int = 256,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
+    num_recurrences: int | None = None,
 ) -> TaskResult:
     """Let a model answer sequences that no training saw (the task's test split).
 
@@ -41,6 +42,7 @@ def task_accuracy(
         num_sequences: the first so many of the split.
         batch_size: sequences at once.
         device: of the model.
+        num_recurrences: of a looped stack; None as its config says.
 
     Raises:
         UserError: sequences of this length cannot be made.
@@ -52,7 +54,8 @@ def task_accuracy(
     for start in range(0, num_sequences, batch_size):
         seeds = range(start, min(start + batch_size, num_sequences))
         batch = collate([draw_sample(task, seed, "test", length) for seed in seeds])
-        answers_BT = model(batch.input_ids.to(device)).argmax(-1).cpu()
+        input_ids = batch.input_ids.to(device)
+        answers_BT = model(input_ids, num_recurrences=num_recurrences).argmax(-1).cpu()
         kept_BT = batch.labels != IGNORED
         right_BT = (answers_BT == batch.labels) & kept_BT
         right += int(right_BT.sum())

@@ -91,6 +91,95 @@ def test_any_shape(N, D, V, chunk_size, options):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+def make_weights(N=11, dtype=torch.float64):
+    """Return weights of tokens; one is 0, and some are negative."""
+    weights = torch.randn(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights[4] = 0
+    return weights.to(dtype)
+
+
+def weighted_loss_and_gradients(x, weight, labels, weights, **options):
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, weights)]
+    loss = linear_cross_entropy(*leaves[:2], labels, token_weights=leaves[2], **options)
+    return [loss.detach(), *torch.autograd.grad(loss * 0.3, leaves)]
+
+
+def test_token_weights_from_their_formula():
+    x, weight, labels = make_inputs()
+    weights = make_weights()
+    z = 2.0 * torch.tanh(x @ weight.T / 2.0)
+    losses = F.cross_entropy(z, labels, reduction="none")
+    losses = losses + 0.1 * z.logsumexp(-1).square() * (labels != -100)
+    for backend in ("reference", "eager"):
+        loss, _, _, dweights = weighted_loss_and_gradients(
+            x, weight, labels, weights, soft_cap=2.0, z_loss=0.1, backend=backend
+        )
+        torch.testing.assert_close(loss, weights @ losses)
+        # The gradient of a weight is the loss of its token, that of an ignored one 0.
+        torch.testing.assert_close(dweights, 0.3 * losses)
+        assert torch.equal(dweights[labels == -100], torch.zeros(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradcheck_of_the_reference_with_token_weights(options):
+    x, weight, labels = make_inputs()
+
+    def function(x, weight, weights):
+        return linear_cross_entropy(
+            x, weight, labels, token_weights=weights, backend="reference", **options
+        )
+
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, make_weights())]
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 11, 100])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_eager_equals_the_reference_with_token_weights(options, chunk_size):
+    x, weight, labels = make_inputs()
+    weights = make_weights()
+    inputs = (x, weight, labels, weights)
+    expected = weighted_loss_and_gradients(*inputs, backend="reference", **options)
+    actual = weighted_loss_and_gradients(*inputs, chunk_size=chunk_size, **options)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    single = (x.float(), weight.float(), labels, weights.float())
+    for a, b in zip(
+        weighted_loss_and_gradients(*single, chunk_size=chunk_size, **options),
+        expected,
+        strict=True,
+    ):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_one_change_no_bit():
+    x, weight, labels = make_inputs()
+    plain = loss_and_gradients(x, weight, labels, chunk_size=4)
+    ones = weighted_loss_and_gradients(x, weight, labels, torch.ones(11).double(), chunk_size=4)
+    assert all(torch.equal(a, b) for a, b in zip(plain, ones[:3], strict=True))
+
+
+def test_token_weights_of_batches_and_of_another_dtype():
+    """Wide weights of narrow activations, as of a gate that is computed in float32."""
+    x, weight, labels = make_inputs(N=12, dtype=torch.bfloat16)
+    weights = make_weights(12, torch.float32)
+    flat = weighted_loss_and_gradients(x, weight, labels, weights, chunk_size=5)
+    assert [a.dtype for a in flat] == [torch.float32, *[torch.bfloat16] * 2, torch.float32]
+    batched = weighted_loss_and_gradients(
+        x.view(3, 4, -1), weight, labels.view(3, 4), weights.view(3, 4), chunk_size=5
+    )
+    assert batched[3].shape == (3, 4)
+    for a, b in zip(flat, batched, strict=True):
+        assert torch.equal(a.flatten(), b.flatten())
+    expected = weighted_loss_and_gradients(
+        x.double(), weight.double(), labels, weights.double(), backend="reference"
+    )
+    # The logits are bf16's.
+    torch.testing.assert_close(flat[0].double(), expected[0], rtol=2**-7, atol=0)
+    torch.testing.assert_close(flat[3].double(), expected[3], rtol=2**-6, atol=2**-7)
+
+
 def test_batches_are_rows():
     x, weight, labels = make_inputs(N=12)
     flat = loss_and_gradients(x, weight, labels)
@@ -126,6 +215,22 @@ def test_only_what_needs_a_gradient_gets_one():
         loss = linear_cross_entropy(*leaves, labels)
         (gradient,) = torch.autograd.grad(loss * 0.3, leaf)
         assert torch.equal(gradient, expected[1 + index])
+
+
+def test_token_weights_alone_may_need_a_gradient():
+    x, weight, labels = make_inputs()
+    weights = make_weights()
+    expected = weighted_loss_and_gradients(x, weight, labels, weights)[3]
+    leaf = weights.clone().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        loss = linear_cross_entropy(x, weight, labels, token_weights=leaf)
+        (gradient,) = torch.autograd.grad(loss * 0.3, leaf)
+    assert torch.equal(gradient, expected)
+    # The logits, and nothing of what x and weight would need.
+    assert counter.get_total_flops() == 2 * 11 * 4 * 7
+    x.requires_grad_()
+    loss = linear_cross_entropy(x, weight, labels, token_weights=weights)
+    assert loss.requires_grad and torch.autograd.grad(loss, x)[0].shape == x.shape
 
 
 def test_no_gradient_is_computed_that_nobody_asked_for():
@@ -173,6 +278,14 @@ BAD = {
     "weight dtype": ({"weight": torch.zeros(7, 4)}, r"weight: got torch.float32.*torch.float64"),
     "labels": ({"labels": torch.zeros(11)}, r"labels: got torch.float32 \(11,\), expected torch"),
     "labels shape": ({"labels": torch.zeros(10).long()}, r"labels: got .*\(10,\).*\(11,\)"),
+    "token_weights": (
+        {"token_weights": torch.zeros(10)},
+        r"token_weights: got torch.float32 \(10,\), expected a float dtype, \(11,\)",
+    ),
+    "token_weights dtype": (
+        {"token_weights": torch.zeros(11).long()},
+        r"token_weights: got torch.int64 \(11,\), expected a float dtype",
+    ),
     "soft_cap": ({"soft_cap": 0.0}, r"soft_cap: got 0.0, expected a number > 0"),
     "chunk_size": ({"chunk_size": 0}, r"chunk_size: got 0, expected at least 1"),
     "backend": ({"backend": "gpu"}, r"backend='gpu' is not built yet"),

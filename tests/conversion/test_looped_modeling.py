@@ -355,10 +355,19 @@ def test_only_targets_with_the_stack_are_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["looped_mlstm", "universal", "score", "gated", "looplm"], ids=str
+    ("recipe", "model_type"),
+    [
+        ("quickstart_looped", "huginn_raven"),
+        ("tiny/looped", "huginn_raven"),
+        ("tiny/looped_mlstm", MODEL_TYPE),
+        ("tiny/universal", MODEL_TYPE),
+        ("tiny/score", MODEL_TYPE),
+        ("tiny/gated", MODEL_TYPE),
+        ("tiny/looplm", MODEL_TYPE),
+    ],
 )
-def test_recipes_that_it_holds(recipe: str) -> None:
-    assert target_for_export(load_config(f"tiny/{recipe}.yaml").model).model_type == MODEL_TYPE
+def test_which_layout_recipes_have(recipe: str, model_type: str) -> None:
+    assert target_for_export(load_config(f"{recipe}.yaml").model).model_type == model_type
 
 
 def test_readme_tells_of_depth_and_shows_how_to_load(

@@ -10,6 +10,9 @@ import torch
 from commands import Commands
 from safetensors.torch import load_file
 
+from megarec.config.loader import load_config
+from megarec.train import session
+
 CLASSES = {
     "hybrid": "NemotronHForCausalLM",
     "mamba2": "Mamba2ForCausalLM",
@@ -74,6 +77,18 @@ def test_depths_go_on_where_they_were(commands: Commands, runs: list[Path]) -> N
         tensors, expected = load_file(one), load_file(other)
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("recipe", ["looped_mamba2", "universal", "score", "gated", "looplm"])
+def test_other_looped_recipes_learn(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    monkeypatch.chdir(commands.folder)
+    short = ("name=short", "train.steps=6", "hooks=[]", "data.valid={}")
+    config = load_config(f"tiny/{recipe}.yaml", short)
+    assert session.run(config, session.Options(Path(f"runs/{recipe}"))) == 0
+    losses = [record["loss"] for record in read_records(Path(f"runs/{recipe}/short"))]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.3
 
 
 def test_releases_load_in_plain_transformers(commands: Commands, runs: list[Path]) -> None:

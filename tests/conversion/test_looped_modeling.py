@@ -273,6 +273,7 @@ def test_bfloat16_keeps_the_gates_in_float32(model: Backbone, export: Path) -> N
     # Two orders of rounding differ by no more than one of them from the exact result.
     assert (theirs(ids).logits - rounded).abs().mean() < 1.5 * (rounded - exact).abs().mean()
     assert generate(theirs, ids, attention_mask=torch.ones_like(ids)).shape == (2, 29)
+    assert theirs.bfloat16()(ids).logits.isfinite().all()
 
 
 def test_transformers_can_save_it_again(model: Backbone, theirs: Any, tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ class MLSTM(nn.Module):
         # The normaliser is the memory of a value that is always 1.
         v_BTHV = F.pad(v_BTHV, (0, 1), value=1.0)
         i_BTH, f_BTH = (
-            cap * torch.tanh(gate(widen(x_BTD)) / cap)
+            cap * torch.tanh(F.linear(widen(x_BTD), widen(gate.weight), widen(gate.bias)) / cap)
             for gate in (self.igate_preact, self.fgate_preact)
         )
         f_BTH = F.logsigmoid(f_BTH)

@@ -1,7 +1,7 @@
 """Generate text: prompts in pieces, then one token at a time, all with the recurrent state."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from megarec.config.model import ModelConfig
 from megarec.errors import UserError
 from megarec.models.backbone import Backbone
 from megarec.models.context import Context
+from megarec.models.halting import Halting
+from megarec.models.looped import LATENT, Looped
 from megarec.models.state import State
 
 PREFILL_TOKENS = 1024
@@ -52,6 +54,9 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     eod_id: int | None = None,
+    num_recurrences: int | None = None,
+    halting: Halting | None = None,
+    warm_start: bool = False,
 ) -> list[list[int]]:
     """Continue a batch of prompts of any lengths; a row's result does not depend on the others.
 
@@ -61,30 +66,40 @@ def generate(
         max_new_tokens: generated for each prompt at most.
         sampling: greedy by default.
         eod_id: ends a row; it is not part of the result. None: rows run to max_new_tokens.
+        num_recurrences: of a looped stack, at most; prompts are read with so many. None: as the
+            model's config says.
+        halting: a rule by which generated tokens stop before that, and the count of how often they
+            iterated. Nothing is saved where the model's cache is `full`.
+        warm_start: let each generated token begin where the iteration of the one before it ended
+            (continuous compute, arXiv 2502.05171, section 6.3).
 
     Returns:
         The new token ids of each prompt.
 
     Raises:
-        UserError: no prompt, an empty prompt, a token id outside the vocabulary, or more tokens
-            than the model's `max_seq_len`.
+        UserError: no prompt, an empty prompt, a token id outside the vocabulary, more tokens than
+            the model's `max_seq_len`, or options of a looped stack where there is none.
     """
-    _check(prompts, max_new_tokens, model.config)
+    check(prompts, max_new_tokens, model.config)
+    if warm_start and not isinstance(model.stack, Looped):
+        raise UserError("warm_start: model.stack is not looped; leave it out")
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(sampling.seed)
-    logits_BV, state = _prefill(model, prompts)
+    logits_BV, state = _prefill(model, prompts, num_recurrences, warm_start)
+    ctx = Context(num_recurrences=num_recurrences, halting=halting)
     rows: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
-    for _ in range(max_new_tokens):
+    running = rows
+    for count in range(1, max_new_tokens + 1):
         next_B = choose(logits_BV, sampling, generator)
-        for row, token in enumerate(next_B.tolist()):
-            if token == eod_id:
-                running.discard(row)
-            if row in running:
-                rows[row].append(token)
-        if not running:
+        kept = [i for i, token in enumerate(next_B.tolist()) if token != eod_id]
+        running, next_B = [running[i] for i in kept], next_B[kept]
+        for row, token in zip(running, next_B.tolist(), strict=True):
+            row.append(token)
+        if not running or count == max_new_tokens:
             break
-        logits_BV, state = model.step(next_B.to(logits_BV.device), state)
+        if len(kept) < len(logits_BV):
+            state = {key: x[kept] for key, x in state.items()}
+        logits_BV, state = model.step(next_B.to(logits_BV.device), state, ctx=ctx)
     return rows
 
 
@@ -105,21 +120,31 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
     return order_BV.gather(1, choice_B1)[:, 0]
 
 
-def _prefill(model: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, State]:
+def _prefill(
+    model: Backbone,
+    prompts: Sequence[Sequence[int]],
+    num_recurrences: int | None = None,
+    warm_start: bool = False,
+) -> tuple[Tensor, State]:
     """Read the prompts, padded on the left behind a reset: padding never enters the state."""
     device = model.embedding.weight.device
     lengths_B = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths_B.max())
     ids_BT = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     whole = Context.left_padded(lengths_B.to(device), longest)
-    state = model.init_state(len(prompts))
+    whole = replace(whole, num_recurrences=num_recurrences)
+    state = model.init_state(len(prompts), num_recurrences)
+    if warm_start:
+        embedding = model.embedding.weight
+        state[LATENT] = embedding.new_zeros(len(prompts), embedding.shape[1])
     for start in range(0, longest, PREFILL_TOKENS):
         piece = slice(start, start + PREFILL_TOKENS)
         x_BTD, state = model.features(ids_BT[:, piece], whole.narrow(piece), state)
     return model.head(x_BTD[:, -1], model.embedding.weight), state
 
 
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
+def check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
+    """Raise UserError, all problems at once, unless a model can continue these prompts."""
     vocab_size, longest = config.vocab_size, config.max_seq_len
     problems = [] if prompts else ["generate: no prompt was given"]
     for row, prompt in enumerate(prompts):

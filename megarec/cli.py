@@ -6,9 +6,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from megarec.checkpoint.atomic import published
+from megarec.config.base import StrictModel
+from megarec.config.loader import apply_override, config_errors
 from megarec.errors import EXIT_USER_ERROR, UserError
+
+S = TypeVar("S", bound=StrictModel)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -37,6 +44,30 @@ def fraction(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a number between 0 and 1")
     return value
+
+
+def positive_int(text: str) -> int:
+    """Parse an argument that is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, at least 1")
+    return int(text)
+
+
+def named_settings(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Split `NAME key=value ...` into the name and a tree of settings; a value is YAML."""
+    name, *overrides = words
+    settings: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(settings, override)
+    return name, settings
+
+
+def validated(config: type[S], settings: dict[str, Any], where: str) -> S:
+    """Make a config of settings; `where` names their origin in errors (UserError)."""
+    try:
+        return config.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(*config_errors(error, settings, config, where)) from None
 
 
 @contextmanager

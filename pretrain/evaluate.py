@@ -3,12 +3,10 @@
 import argparse
 import json
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
-from megarec.cli import run
-from megarec.config.loader import apply_override
+from megarec.cli import named_settings, positive_int, run
 from megarec.config.schema import Config
 from megarec.conversion.load import load_model
 from megarec.data.synthetic import make_task
@@ -26,6 +24,7 @@ def main() -> None:
     add = parser.add_argument
     add("--task", nargs="+", metavar=("NAME", "key=value"), help="a synthetic task instead of data")
     add("--lengths", type=int, nargs="+", help="of the task (default: --seq-len)")
+    add("--num-recurrences", type=positive_int, nargs="+", help="of a looped stack, one by one")
     add("--json", action="store_true", help="print one JSON object instead")
     args = parser.parse_args()
 
@@ -41,27 +40,34 @@ def on_data(
     args: argparse.Namespace, model: Backbone, config: Config | None, device: torch.device
 ) -> None:
     """Print loss and bits per byte of each source."""
-    results = evaluate_loss(model, open_held_out(args, model, config), device)
+    loader = open_held_out(args, model, config)
+    results = {
+        depth: evaluate_loss(model, loader, device, num_recurrences=depth)
+        for depth in args.num_recurrences or [None]
+    }
     if args.json:
         keys = ("loss", "perplexity", "bits_per_byte", "num_tokens")
-        print(json.dumps({n: {k: getattr(r, k) for k in keys} for n, r in results.items()}))
+        trees = {
+            depth: {name: {key: getattr(r, key) for key in keys} for name, r in by_name.items()}
+            for depth, by_name in results.items()
+        }
+        print(json.dumps(trees if args.num_recurrences else trees[None]))
         return
-    for name, result in results.items():
-        bits = f"{result.bits_per_byte:.4f}" if result.bits_per_byte is not None else "unknown"
-        print(
-            f"{name}: loss {result.loss:.4f}  perplexity {result.perplexity:.3f}  "
-            f"bits per byte {bits}  ({result.num_tokens:,} tokens)"
-        )
+    for depth, by_name in results.items():
+        for name, result in by_name.items():
+            where = f"{name}, {depth} recurrences" if depth else name
+            bits = f"{result.bits_per_byte:.4f}" if result.bits_per_byte is not None else "unknown"
+            print(
+                f"{where}: loss {result.loss:.4f}  perplexity {result.perplexity:.3f}  "
+                f"bits per byte {bits}  ({result.num_tokens:,} tokens)"
+            )
 
 
 def on_task(
     args: argparse.Namespace, model: Backbone, config: Config | None, device: torch.device
 ) -> None:
     """Print the accuracy at each length."""
-    name, *overrides = args.task
-    sizes: dict[str, Any] = {}
-    for override in overrides:
-        apply_override(sizes, override)
+    name, sizes = named_settings(args.task)
     task = make_task(name, **sizes)
     lengths = args.lengths or [args.seq_len or (config.train.seq_len if config else 1024)]
     results = [
@@ -72,16 +78,19 @@ def on_task(
             num_sequences=args.max_samples or 256,
             batch_size=args.batch_size,
             device=device,
+            num_recurrences=depth,
         )
         for length in lengths
+        for depth in args.num_recurrences or [None]
     ]
     if args.json:
         print(json.dumps({name: [asdict(result) for result in results]}))
         return
     for result in results:
+        depth = f", {result.num_recurrences} recurrences" if result.num_recurrences else ""
         print(
-            f"{name}, length {result.length}: accuracy {result.accuracy:.4f}, whole sequences "
-            f"{result.sequence_accuracy:.4f}  (chance {task.chance:.4f}, "
+            f"{name}, length {result.length}{depth}: accuracy {result.accuracy:.4f}, whole "
+            f"sequences {result.sequence_accuracy:.4f}  (chance {task.chance:.4f}, "
             f"{result.num_sequences} sequences)"
         )
 

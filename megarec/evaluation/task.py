@@ -14,12 +14,16 @@ from megarec.models.backbone import Backbone
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Share of the answers that are right at one length, and of sequences without an error."""
+    """Share of the answers that are right at one length, and of sequences without an error.
+
+    `num_recurrences` is that of a looped stack; None: as its config says.
+    """
 
     length: int
     accuracy: float
     sequence_accuracy: float
     num_sequences: int
+    num_recurrences: int | None = None
 
 
 @torch.no_grad()
@@ -61,4 +65,5 @@ def task_accuracy(
         right += int(right_BT.sum())
         asked += int(kept_BT.sum())
         whole += int((right_BT == kept_BT).all(1).sum())
-    return TaskResult(length, right / asked, whole / num_sequences, num_sequences)
+    share = right / asked, whole / num_sequences
+    return TaskResult(length, *share, num_sequences, num_recurrences)

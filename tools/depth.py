@@ -118,7 +118,9 @@ def draw(grids: dict[str, npt.NDArray[np.float64]], args: argparse.Namespace) ->
         axes.set_xlabel("recurrences")
         axes.grid(alpha=0.3)
     row[0, 0].set_ylabel("accuracy")
-    row[0, -1].legend(title="depth of the task", fontsize="small")
+    row[0, -1].legend(
+        title="depth of\nthe task", fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)
+    )
     figure.tight_layout()
     figure.savefig(args.plot, dpi=120)
     plt.close(figure)

@@ -1,6 +1,8 @@
 """Training runs of looped stacks: depth in the log, the same after a resume, and warnings."""
 
 import logging
+import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from megarec.config.depth import LognormalPoissonDepth
 from megarec.train.hooks.jsonl import read_metrics
 from megarec.train.hooks.loop_monitor import LoopMonitor
 
+DEPTH_TOOL = Path(__file__).parents[2] / "tools/depth.py"
 DEPTHS = (1, 2, 8)
 SECTIONS: dict[str, Any] = {
     "model": looped_tree(depth=POISSON | {"per": "micro_batch"}, backprop=2),
@@ -26,26 +29,59 @@ def steps(runs: Path, name: str) -> list[dict[str, Any]]:
     return [r for r in read_metrics(runs / name / "metrics.jsonl") if "loss" in r]
 
 
-def test_a_resumed_run_draws_the_same_depths(tmp_path: Path) -> None:
-    assert session(tmp_path, "whole", **SECTIONS) == 0
-    assert session(tmp_path, "parts", **SECTIONS, hooks=["e2e_runs:StopOneRank"]) == 75
-    assert session(tmp_path, "parts", **SECTIONS, force=True) == 0
-    assert losses(tmp_path, "parts") == losses(tmp_path, "whole")
-    found = [r["loop/recurrences"] for r in steps(tmp_path, "parts")]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train in one session, and in two."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert session(folder, "whole", **SECTIONS) == 0
+    assert session(folder, "parts", **SECTIONS, hooks=["e2e_runs:StopOneRank"]) == 75
+    assert session(folder, "parts", **SECTIONS, force=True) == 0
+    return folder
+
+
+def test_a_resumed_run_draws_the_same_depths(runs: Path) -> None:
+    assert losses(runs, "parts") == losses(runs, "whole")
+    found = [r["loop/recurrences"] for r in steps(runs, "parts")]
     # Micro-batches of 2 make a step of 8 samples: each has drawn its own.
     depth, seed = LognormalPoissonDepth(mean=3), run_config().seed
     draws = [depth.draw(seed, i, 2) for i in range(4 * len(found))]
     assert found == [sum(draws[4 * i : 4 * i + 4]) / 4 for i in range(len(found))]
     assert len(set(draws)) > 3
 
-    last = steps(tmp_path, "parts")[-1]
+
+def test_the_log_shows_how_loops_fail(runs: Path) -> None:
+    last = steps(runs, "parts")[-1]
     assert -1 <= last["loop/token_correlation"] <= 1
     assert {"loop/grad_norm/1", "loop/grad_norm/2", "loop/residual", "loop/state_norm"} <= set(last)
-    records = read_metrics(tmp_path / "parts/metrics.jsonl")
+    records = read_metrics(runs / "parts/metrics.jsonl")
     held_out = [r for r in records if "valid/hmm/loss" in r]
     assert all({f"valid/hmm/loss_r{r}" for r in DEPTHS} <= set(record) for record in held_out)
     first = held_out[0]
     assert len({first[f"valid/hmm/loss_r{r}"] for r in DEPTHS}) == len(DEPTHS)
+
+
+def test_accuracy_by_depth_is_a_table_and_a_plot(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = [f"two={runs / 'whole'}", f"two={runs / 'parts'}", f"one={runs / 'whole'}"]
+    plot = tmp_path / "depth.png"
+    words = f"--task khop num_queries=2 --depth-keys min_hops max_hops --depths 1 3 --length 16 \
+        --num-recurrences 1 4 --max-samples 4 --device cpu --plot {plot}".split()
+    monkeypatch.setattr(sys, "argv", ["depth.py", "--checkpoint", *checkpoints, *words])
+    runpy.run_path(str(DEPTH_TOOL), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "two, 2 runs: mean accuracy" in out and "one, 1 runs: mean accuracy" in out
+    rows = [line for line in out.splitlines() if line.startswith(("| 1 |", "| 3 |"))]
+    # Both runs are one: what is averaged does not spread.
+    assert len(rows) == 4 and rows[:2] == rows[2:] and all(row.count("|") == 4 for row in rows)
+    accuracies = [float(cell) for row in rows for cell in row.strip("| ").split("|")[1:]]
+    assert all(0 <= accuracy <= 1 for accuracy in accuracies)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    monkeypatch.setattr(sys, "argv", ["depth.py", "--checkpoint", "runs/whole", *words])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(DEPTH_TOOL), run_name="__main__")
+    assert capsys.readouterr().err == "error: --checkpoint runs/whole: expected LABEL=PATH\n"
 
 
 def monitored(step: int, **record: float) -> tuple[LoopMonitor, Any, dict[str, float]]:

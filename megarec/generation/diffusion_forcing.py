@@ -205,8 +205,8 @@ class Wave:
         if refine and self.config.state_noise_mixing > 0:
             draw = Draw(self.sampling.seed, self.num_rounds, 0, torch.zeros_like(position_1T[:, 0]))
             noise_1TD = stack.initial_latent(e_1TD, position_1T, Context(draw=draw), None)
-            share_1T = self.config.state_noise_mixing / (1 + num_steps_1T)
-            latent_1TD = torch.lerp(latent_1TD, noise_1TD, share_1T[..., None].to(e_1TD.dtype))
+            share_1T1 = self.config.state_noise_mixing / (1 + num_steps_1T[..., None].to(e_1TD))
+            latent_1TD = torch.lerp(latent_1TD, noise_1TD, share_1T1)
         cache = DepthCache(ONE_SLOT, stack.core, state, num_recurrences)
         inject, before = stack.injection(e_1TD, position_1T), cache.before(0)
         for i in range(num_recurrences):

@@ -6,13 +6,16 @@ import pytest
 import torch
 from looped_models import ATTENTION, looped_tree
 from small import model_config, random_model
+from torch import Tensor
 
 from megarec.errors import UserError
 from megarec.generation import DiffusionForcingConfig, Sampling, diffusion_forcing, generate
 from megarec.generation.decode import choose
 from megarec.generation.diffusion_forcing import Continuation, Wave
 from megarec.models import Backbone
+from megarec.models.context import Context
 from megarec.models.init import seed_from
+from megarec.models.latent import random_latent
 
 MLSTM = {"type": "mlstm", "num_heads": 2, "igate_bias_init": -1.0, "chunk_size": 4}
 MAMBA = {"type": "mamba2", "num_heads": 2, "head_dim": 8, "state_dim": 4, "chunk_size": 4}
@@ -66,6 +69,8 @@ def plain(model: Backbone, num_recurrences: int) -> list[int]:
         {"inner_recurrence": 1, "threshold": 1e-9},
         {"inner_recurrence": 4, "threshold": 1e-9, "max_wavefront": 3, "ema_embeds": 0.5},
         {"inner_recurrence": 16, "threshold": 1e-9, "headway": 3},
+        # Each round converges, though to what the prelude gave a while ago.
+        {"inner_recurrence": 30, "threshold": 1e-6, "ema_embeds": 0.8},
         {"inner_recurrence": 4, "freeze": "fixed"},
         {"inner_recurrence": 8, "freeze": "fixed", "headway": 4, "ema_embeds": 0.0},
         {"inner_recurrence": 32, "freeze": "fixed", "state_noise_mixing": 0.5},
@@ -117,7 +122,7 @@ def test_what_it_costs() -> None:
 
     model = contractive(ATTENTION)
     # Three rounds a token, one token a round: the wave is three wide, but for its two ends.
-    fixed = sample(model, 6, inner_recurrence=2, freeze="fixed")
+    fixed = sample(model, 6, inner_recurrence=2, freeze="fixed", threshold=9.0)
     assert fixed.core_passes == 2 * (NEW - 1 + 2) + (NEW - 1)
     assert fixed.token_recurrences == (NEW - 1) * (6 + 1)
     ahead = sample(model, 6, inner_recurrence=2, freeze="fixed", headway=3)
@@ -165,13 +170,44 @@ def test_random_choices_hang_on_seed_and_position() -> None:
     assert sample(model, 160, sampling=other, **config).ids != ids
 
 
-def test_noise_in_the_state() -> None:
-    model = looped(ATTENTION)
-    config = {"inner_recurrence": 1, "threshold": 0.1}
-    clean, noisy, again = (
-        sample(model, 20, state_noise_mixing=share, **config) for share in (0.0, 0.9, 0.9)
+@torch.no_grad()
+def test_where_a_round_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sampling = looped(ATTENTION), Sampling(seed=7)
+    config = DiffusionForcingConfig(
+        inner_recurrence=2, freeze="fixed", headway=2, ema_embeds=0.25, state_noise_mixing=0.5
     )
-    assert clean != noisy == again
+    wave = Wave(model, config, sampling, 8)
+    wave.read(PROMPT)
+    begun: list[Tensor] = []
+    recurrence = model.stack.recurrence
+
+    def spy(i: Tensor, latent: Tensor, *args: Any) -> Any:
+        if int(i.max()) % 2 == 0:
+            begun.append(latent)
+        return recurrence(i, latent, *args)
+
+    monkeypatch.setattr(model.stack, "recurrence", spy)
+    e, latent = torch.zeros(1, 0, 16).double(), torch.zeros(1, 0, 16).double()
+    for number in range(3):
+        ids = list(wave.ids)
+        assert len(ids) == 1 + 2 * number and wave.advance(99) == []
+        # The prelude over the whole text, and the share that it had in the round before.
+        whole, _ = model.block(0)(model.embed(torch.tensor([PROMPT + ids])), Context())
+        new, old = whole[:, len(PROMPT) :], e.shape[1]
+        e = torch.cat([0.75 * new[:, :old] + 0.25 * e, new[:, old:]], 1)
+        torch.testing.assert_close(wave.refined.e_1TD, e, rtol=0, atol=1e-10)
+        position = torch.arange(len(PROMPT), len(PROMPT) + len(ids))[None]
+        std = model.config.stack.initial_std
+        initial, noise = (
+            random_latent(position, None, 16, std, *seed).double() for seed in ((), (7, number))
+        )
+        latent = torch.cat([latent, initial[:, old:]], 1)
+        # Those of the last round have made 2 recurrences, and those before 2 more each.
+        steps = torch.tensor([2.0 * (number - (t + 1) // 2) for t in range(len(ids))])
+        share = 0.5 / (1 + steps.double())[:, None]
+        expected = (1 - share) * latent + share * noise
+        torch.testing.assert_close(begun[-1], expected, rtol=0, atol=1e-10)
+        latent = wave.refined.latent_1TD
 
 
 @pytest.mark.parametrize("threshold", [1e-9, 0.5])

@@ -44,7 +44,7 @@ def test_every_token_at_the_depth_that_is_asked_for(
 
 
 @torch.no_grad()
-def test_prompts_iterate_to_the_end_and_new_tokens_halt() -> None:
+def test_prompts_iterate_to_the_end_and_new_tokens_halt(monkeypatch: pytest.MonkeyPatch) -> None:
     model = looped(cache={"type": "latest"})
     logits, state = model(torch.tensor(PROMPTS[1:2]), state=model.init_state(1), return_state=True)
     ids = [int(logits[0, -1].argmax())]
@@ -52,8 +52,12 @@ def test_prompts_iterate_to_the_end_and_new_tokens_halt() -> None:
         logits, state = model.step(torch.tensor(ids[-1:]), state, num_recurrences=1)
         ids.append(int(logits[0].argmax()))
     at_once = Halting(LatentConfig(threshold=1e9))
+    recurrence, made = model.stack.recurrence, []
+    monkeypatch.setattr(
+        model.stack, "recurrence", lambda i, *args: made.append(i) or recurrence(i, *args)
+    )
     assert generate(model, PROMPTS[1:2], max_new_tokens=NEW, halting=at_once) == [ids]
-    assert at_once.mean_steps == 1
+    assert at_once.mean_steps == 1 and len(made) == 6 + (NEW - 1)
 
 
 @pytest.mark.parametrize("mixer", [ATTENTION, MLSTM], ids=lambda mixer: mixer["type"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from looped_models import looped_tree
-from small import random_model, run_config
+from small import model_config, random_model, run_config
 
 from megarec.conversion import load
 from megarec.data.synthetic import make_task
@@ -62,16 +62,23 @@ def test_accuracy_by_depth(script: Script, capsys: pytest.CaptureFixture[str]) -
     script("evaluate.py", *words)
     assert "parity, length 12, 5 recurrences: accuracy 0." in capsys.readouterr().out
 
-    model, task = random_model(CONFIG.model), make_task("parity")
-    expected = 0
-    for seed in range(8):
-        sample = task(seed, "test", 12)
-        ids, labels = (torch.tensor(sample[key])[None] for key in ("input_ids", "labels"))
-        answers = model(ids, num_recurrences=5).argmax(-1)
-        expected += int(((answers == labels) & (labels >= 0)).sum())
-    asked = sum(int((task(seed, "test", 12)["labels"] >= 0).sum()) for seed in range(8))
-    found = task_accuracy(model, task, 12, num_sequences=8, num_recurrences=5)
-    assert found.accuracy == results[1]["accuracy"] == expected / asked
+
+def test_accuracy_is_that_of_the_depth() -> None:
+    task = make_task("parity")
+    model = random_model(model_config(**looped_tree() | {"vocab_size": task.num_ids}))
+    shares = []
+    for depth in (1, 3):
+        right, asked = 0, 0
+        for seed in range(16):
+            sample = task(seed, "test", 12)
+            ids, labels = (torch.tensor(sample[key])[None] for key in ("input_ids", "labels"))
+            answers = model(ids, num_recurrences=depth).argmax(-1)
+            right += int(((answers == labels) & (labels >= 0)).sum())
+            asked += int((labels >= 0).sum())
+        shares.append(right / asked)
+        found = task_accuracy(model, task, 12, num_sequences=16, num_recurrences=depth)
+        assert (found.accuracy, found.num_recurrences) == (shares[-1], depth)
+    assert shares[0] != shares[1]
 
 
 @pytest.mark.parametrize(

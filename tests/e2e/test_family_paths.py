@@ -22,6 +22,8 @@ CLASSES = {
     "looped_mlstm": "LoopedForCausalLM",
 }
 LOOPED = ("looped", "looped_mlstm")
+# The fixture runs some twenty commands: a minute and a half of two idle cores, more of busy ones.
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")

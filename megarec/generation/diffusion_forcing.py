@@ -1,7 +1,7 @@
 """The diffusion-forcing sampler: many tokens of a text iterate at once, each further on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -29,8 +29,8 @@ class DiffusionForcingConfig(StrictModel):
     anew, and opens `headway` more, the first as predicted and the others at random; at most
     `max_wavefront` are open. Tokens freeze from the front on: each once it is what the frozen one
     before it predicts and, under `freeze: latent`, a round changes its latent state s by less than
-    `threshold` |s|. After as many recurrences as plain decoding makes it need not wait for that;
-    under `freeze: fixed` it freezes then, and not before.
+    `threshold` |s|. After as many recurrences as plain decoding makes, no longer than it is this
+    token, it need not wait for that; under `freeze: fixed` it freezes then, and not before.
 
     `ema_embeds` is the share of the last round's prelude output in this one's. `state_noise_mixing`
     is the share of a new initial state in a latent state, divided by 1 + its recurrences so far.
@@ -87,7 +87,7 @@ def diffusion_forcing(
             so that tokens still can freeze.
         eod_id: ends the text; it is not part of the result.
         num_recurrences: of the prompt's tokens, and those after which an open one may freeze though
-            it still changes; None: as the model's config says.
+            its latent state still changes; None: as the model's config says.
 
     Raises:
         UserError: as for `generate`, or a model that is not looped or learned when to stop.
@@ -108,21 +108,24 @@ class Refined:
     """Open tokens as far as they have come.
 
     Attributes:
+        ids_1T: what was read of them.
         e_1TD: what the core reads of the prelude.
         latent_1TD: their latent states.
         last_1TD: the latent states before the last recurrence.
-        num_steps_1T: how many recurrences they have made, int64.
+        num_steps_1T: how many recurrences were made at their positions, int64.
+        num_same_1T: how many of them since the token there last changed.
     """
 
+    ids_1T: Tensor
     e_1TD: Tensor
     latent_1TD: Tensor
     last_1TD: Tensor
     num_steps_1T: Tensor
+    num_same_1T: Tensor
 
     def narrow(self, piece: slice) -> "Refined":
         """Return some of the tokens."""
-        parts = (self.e_1TD, self.latent_1TD, self.last_1TD, self.num_steps_1T)
-        return Refined(*(part[:, piece] for part in parts))
+        return Refined(*(getattr(self, field.name)[:, piece] for field in fields(self)))
 
     def undone(self) -> "Refined":
         """Return the tokens as they were before their last recurrence."""
@@ -154,7 +157,8 @@ class Wave:
         self.state = model.init_state(1, num_recurrences=1)
         weight = model.embedding.weight
         none_1TD = weight.new_zeros(1, 0, weight.shape[1])
-        self.refined = Refined(none_1TD, none_1TD, none_1TD, none_1TD[..., 0].long())
+        none_1T = none_1TD[..., 0].long()
+        self.refined = Refined(none_1T, none_1TD, none_1TD, none_1TD, none_1T, none_1T)
         self.ids: list[int] = []
         self.guesses = torch.Generator().manual_seed(sampling.seed)
         self.core_passes = self.token_recurrences = self.num_rounds = 0
@@ -199,6 +203,8 @@ class Wave:
         fresh_1TD = stack.initial_latent(e_1TD, position_1T, Context(), None)
         latent_1TD = torch.cat([known.latent_1TD, fresh_1TD[:, old:]], 1)
         num_steps_1T = F.pad(known.num_steps_1T, (0, len(ids) - old))
+        num_same_1T = known.num_same_1T * (ids_1T[:, :old] == known.ids_1T)
+        num_same_1T = F.pad(num_same_1T, (0, len(ids) - old)) + num_recurrences
         if refine:
             smooth_1TD = torch.lerp(e_1TD[:, :old], known.e_1TD, self.config.ema_embeds)
             e_1TD = torch.cat([smooth_1TD, e_1TD[:, old:]], 1)
@@ -220,7 +226,8 @@ class Wave:
         self.core_passes += num_recurrences
         self.token_recurrences += num_recurrences * len(ids)
         num_steps_1T = num_steps_1T + num_recurrences
-        return x_1TD, Refined(e_1TD, latent_1TD, last_1TD, num_steps_1T), after
+        parts = (ids_1T, e_1TD, latent_1TD, last_1TD, num_steps_1T, num_same_1T)
+        return x_1TD, Refined(*parts), after
 
     def _choose(self, x_1TD: Tensor, position: int) -> list[int]:
         """Choose the tokens that x predicts; the first of them stands at a position."""
@@ -235,7 +242,7 @@ class Wave:
         self, ids: Sequence[int], predicted: Sequence[int], before: Refined, after: Refined
     ) -> int:
         """Return how many of the open tokens freeze; see DiffusionForcingConfig."""
-        done_T = after.num_steps_1T[0] >= self.num_recurrences
+        done_T = after.num_same_1T[0] >= self.num_recurrences
         if self.config.freeze == "latent":
             old_TD, new_TD = before.latent_1TD[0], after.latent_1TD[0, : before.latent_1TD.shape[1]]
             dtype = torch.promote_types(new_TD.dtype, torch.float32)

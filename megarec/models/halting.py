@@ -87,6 +87,10 @@ class Stopping(Iteration):
 class Halting:
     """A rule that is chosen at run time, and a count of how often tokens iterate.
 
+    With cache `full` a loop of `step` equals `forward` exactly under `latent`. Rules that read out
+    predictions do so through the coda: where it mixes tokens, `forward` shows a token the others as
+    they are by then, `step` shows them finished, and the two may stop at different recurrences.
+
     Args:
         config: the rule; None for the model's own, so that only the count is asked for.
     """

@@ -10,13 +10,11 @@ Does more thinking solve deeper questions than training has shown? Three seeds o
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megarec.cli import run
-from megarec.config.loader import apply_override
+from megarec.cli import named_settings, run
 from megarec.conversion.load import load_model
 from megarec.data.synthetic import make_task
 from megarec.device import select_device
@@ -61,13 +59,10 @@ def measure(path: Path, args: argparse.Namespace) -> Grid:
     """Return the accuracy of one checkpoint at each depth and number of recurrences."""
     device = select_device(args.device)
     model, _ = load_model(path, device)
-    name, *overrides = args.task
+    name, sizes = named_settings(args.task)
     grid = np.empty((len(args.depths), len(args.num_recurrences)))
     for i, depth in enumerate(args.depths):
-        sizes: dict[str, Any] = {}
-        for override in overrides:
-            apply_override(sizes, override)
-        task = make_task(name, **sizes, **dict.fromkeys(args.depth_keys, depth))
+        task = make_task(name, **(sizes | dict.fromkeys(args.depth_keys, depth)))
         for j, num_recurrences in enumerate(args.num_recurrences):
             result = task_accuracy(
                 model,

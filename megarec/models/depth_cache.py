@@ -1,17 +1,14 @@
 """What decoding keeps of a looped core: the states of its blocks, recurrence by recurrence."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megarec.config.stack import CacheConfig
 from megarec.errors import UserError
+from megarec.models.stack import Inherit
 from megarec.models.state import State, prefixed, sub_state
-
-Inherit = Callable[[int, State | None, State, int], State]
-"""(index of a block, its state before, that of a deeper recurrence, number of tokens) -> its state
-where the tokens did not come; see Mixer.inherit. None stands for the state at a start."""
 
 
 class DepthCache:

@@ -14,6 +14,10 @@ from megarec.models.state import State, prefixed, sub_state
 Run = Callable[[int, Tensor, State | None], tuple[Tensor, State]]
 """(index of a block, x, its state) -> (x, state): on whole sequences, or on one token."""
 
+Inherit = Callable[[int, State | None, State, int], State]
+"""(index of a block, its state before, that of a deeper recurrence, number of tokens) -> its state
+where the tokens did not come; see Mixer.inherit. None stands for the state at a start."""
+
 
 @dataclass(frozen=True)
 class Passed:
@@ -38,14 +42,13 @@ class Surroundings:
 
     Attributes:
         run: runs a block.
-        inherit: (index of a block, its state before, that of a deeper recurrence, number of tokens)
-            -> its state where the tokens did not come; see Mixer.inherit.
+        inherit: makes the state of a block that tokens did not reach.
         norm: the model's last norm.
         readout: x (..., d_model) -> logits (..., V).
     """
 
     run: Run
-    inherit: Callable[[int, State | None, State, int], State]
+    inherit: Inherit
     norm: Callable[[Tensor], Tensor]
     readout: Callable[[Tensor], Tensor]
 

@@ -10,6 +10,7 @@ from small import model_config, random_model
 from torch import Tensor
 from torch.nn import functional as F
 
+from megarec.config.stack import HaltConfig, LoopedConfig
 from megarec.errors import UserError
 from megarec.models import Backbone, build_model
 from megarec.models.context import Context, Draw
@@ -100,7 +101,8 @@ def test_recomputing_a_recurrence_changes_no_bit(ids: Tensor, backprop: int | No
 def test_depth_is_random_in_training_alone(ids: Tensor) -> None:
     config = looped_config(depth=POISSON, backprop=2)
     model = random_model(config)
-    depth = config.stack.depth  # type: ignore[attr-defined]
+    depth = LoopedConfig.model_validate(config.stack).depth
+    assert depth is not None
 
     def recurrences(training: bool, ctx: Context) -> float:
         model.train(training)
@@ -232,7 +234,7 @@ def test_depths_that_do_not_fit(ids: Tensor) -> None:
 
 
 def test_a_learned_rule_is_not_chosen_at_run_time() -> None:
-    act = looped_config(halt={"type": "act"}).stack.halt  # type: ignore[attr-defined]
+    act = HaltConfig.model_validate({"type": "act"})
     with pytest.raises(ValueError, match="act is learned"):
         Halting(act)
     assert Halting(LatentConfig()).config == LatentConfig(threshold=0.03)

@@ -144,23 +144,67 @@ class TrainConfig(StrictModel):
 
 
 class ParallelConfig(StrictModel):
-    """Data parallelism: parameters sharded `dp_shard` ways (-1: what is left) and replicated.
+    """The mesh, `pp` x `dp_replicate` x `dp_shard` x `cp` x `tp` processes, and what runs on it.
 
-    `activation_checkpointing` recomputes each block (`full`), or each recurrence of a looped stack
-    as a whole (`recurrence`). `hold_core` keeps a looped core gathered over its recurrences; false
-    gathers each of its blocks anew, which costs less memory and much communication.
+    Parameters are sharded `dp_shard` ways (-1: what is left) and replicated. `tp` splits heads,
+    channels, FFNs and the vocabulary, and the tokens between them. `pp` splits the layers into
+    `pp_stages_per_rank` stages a rank, run by `pp_schedule`. `reshard_after_forward` frees
+    gathered parameters after the forward pass; by default so, but not in a pipeline.
+
+    `activation_checkpointing` recomputes each block (`full`), all of it but the results of
+    `saved_ops` (`selective`), or each recurrence of a looped stack as a whole (`recurrence`).
+    `compile` runs each block through torch.compile. `hold_core` keeps a looped core gathered over
+    its recurrences; false gathers each of its blocks anew, which costs less memory and much
+    communication.
     """
 
+    pp: PositiveInt = 1
     dp_replicate: PositiveInt = 1
     dp_shard: Annotated[int, Field(ge=-1)] = -1
-    reshard_after_forward: bool = True
+    cp: PositiveInt = 1
+    tp: PositiveInt = 1
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"] = "1f1b"
+    pp_stages_per_rank: PositiveInt | None = None
+    reshard_after_forward: bool | None = None
     hold_core: bool = True
-    activation_checkpointing: Literal["none", "full", "recurrence"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full", "recurrence"] = "none"
+    compile: bool = False
+
+    @property
+    def stages_per_rank(self) -> int:
+        """The number of stages of a rank: as given, or the fewest that the schedule takes."""
+        fewest = {"interleaved_1f1b": 2, "zbv": 2}.get(self.pp_schedule, 1)
+        return self.pp_stages_per_rank or fewest
+
+    @property
+    def reshards_after_forward(self) -> bool:
+        """Whether gathered parameters are freed after the forward pass."""
+        given = self.reshard_after_forward
+        return self.pp == 1 if given is None else given
 
     @model_validator(mode="after")
-    def _not_zero(self) -> "ParallelConfig":
+    def _possible(self) -> "ParallelConfig":
+        problems = []
         if self.dp_shard == 0:
-            raise ValueError("dp_shard=0: expected a positive number, or -1 for what is left")
+            problems.append("dp_shard=0: expected a positive number, or -1 for what is left")
+        if self.cp > 1:
+            problems.append(f"cp={self.cp}: sequence parallelism is not built yet; set cp=1")
+        if self.compile and self.tp > 1:
+            problems.append(
+                f"compile=true, tp={self.tp}: torch 2.13 cannot compile tensor-parallel blocks "
+                "reliably; leave one of them out"
+            )
+        schedule, stages = self.pp_schedule, self.stages_per_rank
+        if schedule in ("gpipe", "1f1b") and stages > 1:
+            problems.append(
+                f"pp_stages_per_rank={stages}: {schedule} runs one stage a rank; "
+                "set pp_schedule=interleaved_1f1b"
+            )
+        if schedule == "interleaved_1f1b" and stages < 2 or schedule == "zbv" and stages != 2:
+            few = "2" if schedule == "zbv" else "2 or more"
+            problems.append(f"pp_stages_per_rank={stages}: {schedule} runs {few} stages a rank")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -277,6 +321,9 @@ class Config(StrictModel):
         given = [key for key, is_given in of_loops.items() if is_given]
         if given and not isinstance(self.model.stack, LoopedConfig):
             raise ValueError(f"{', '.join(given)}: model.stack is not looped; leave it out")
+        problems = self._parallel_problems()
+        if problems:
+            raise ValueError("\n".join(problems))
         longest = self.model.max_seq_len
         if longest is not None and self.train.seq_len > longest:
             raise ValueError(
@@ -284,3 +331,28 @@ class Config(StrictModel):
                 "is shorter; raise it or shorten the samples"
             )
         return self
+
+    def _parallel_problems(self) -> list[str]:
+        """Say what of model, batch and objective does not fit the mesh, one line each."""
+        tp, pp, problems = self.parallel.tp, self.parallel.pp, []
+        if tp > 1:
+            problems += [f"model.{line}" for line in self.model.tp_problems(tp)]
+            if self.train.seq_len % tp:
+                problems.append(
+                    f"train.seq_len={self.train.seq_len}: parallel.tp={tp} does not divide it; "
+                    "tokens between mixers are spread over the ranks"
+                )
+        if tp == pp == 1:
+            return problems
+        stack = self.model.stack
+        if isinstance(stack, LoopedConfig) and stack.halt is not None:
+            problems.append(
+                f"model.stack.halt={stack.halt.type}: a rule sees tokens, exits and logits whole; "
+                "set parallel.tp=1 and pp=1"
+            )
+        if self.distill is not None:
+            problems.append(
+                "distill: student and teacher need their layers and vocabulary whole; set "
+                "parallel.tp=1 and pp=1"
+            )
+        return problems

@@ -2,13 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from megarec.data.loader import EvalLoader
 from megarec.models.backbone import Backbone
 from megarec.models.context import Context
+from megarec.parallel.mesh import ALONE, Place
+
+LossSum = Callable[[Tensor, Tensor, Context], Tensor]
+"""(input_ids, labels, context) -> the summed loss of the rows, a scalar."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ def evaluate_loss(
     device: torch.device,
     sum_over_ranks: Callable[[Sequence[float]], list[float]] = list,
     num_recurrences: int | None = None,
+    loss_sum: LossSum | None = None,
+    place: Place = ALONE,
 ) -> dict[str, LossResult]:
     """Evaluate each source of the loader, each window from a fresh state.
 
@@ -46,24 +53,29 @@ def evaluate_loss(
         device: of the model.
         sum_over_ranks: adds numbers over the ranks that share the loader.
         num_recurrences: of a looped stack; None as its config says.
+        loss_sum: computes the loss of a batch, in place of the model as a whole.
+        place: where this rank stands among those that take part.
 
     Returns:
         source name -> result. A source without tokens has loss nan.
     """
+    if loss_sum is None:
+
+        def loss_sum(input_ids: Tensor, labels: Tensor, ctx: Context) -> Tensor:
+            loss: Tensor = model(input_ids, labels, ctx=ctx)[0]
+            return loss
+
     was_training = model.training
     model.eval()
     names = [source.name for source in loader.sources]
     loss_sums = dict.fromkeys(names, 0.0)
     num_tokens = dict.fromkeys(names, 0)
     for name, batch in loader:
-        loss, _ = model(
-            batch.input_ids.to(device),
-            batch.labels.to(device),
-            ctx=Context.from_doc_ids(batch.doc_ids).to(device),
-            num_recurrences=num_recurrences,
-        )
-        loss_sums[name] += loss.item()
-        num_tokens[name] += batch.num_tokens
+        ctx = Context.from_doc_ids(batch.doc_ids).to(device)
+        ctx = replace(ctx, num_recurrences=num_recurrences)
+        loss = loss_sum(batch.input_ids.to(device), batch.labels.to(device), ctx)
+        loss_sums[name] += loss.item() if place.counts_loss else 0.0
+        num_tokens[name] += batch.num_tokens if place.counts_data else 0
     model.train(was_training)
     totals = sum_over_ranks([*loss_sums.values(), *num_tokens.values()])
     results = {}

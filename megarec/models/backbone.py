@@ -1,7 +1,7 @@
 """The backbone: embedding, a stack of blocks, final norm, head."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,9 +20,25 @@ from megarec.models.stack import Passed, Sequential, Stack, Surroundings
 from megarec.models.state import State
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a stage of a pipeline runs.
+
+    Attributes:
+        layers: global indices of its blocks; a looped core is in it as a whole or not at all.
+        first: it embeds tokens; other stages are given what the stage before returned.
+        last: it ends in the last norm and the head.
+    """
+
+    layers: range
+    first: bool
+    last: bool
+
+
 class Backbone(nn.Module):
     """A causal language model over any pattern of blocks.
 
+    In a pipeline it holds what the stages of this rank need (see `keep`).
     Shapes: B batch, T time, D d_model, V vocabulary.
     """
 
@@ -40,6 +56,34 @@ class Backbone(nn.Module):
         self.stack = build_stack(config)
         self.norm = RMSNorm(config.d_model, config.norm.eps)
         self.head = Head(config.head, config.vocab_size, config.d_model)
+
+    def modules_of(self, part: Part) -> dict[str, nn.Module]:
+        """Return the modules that a part of the model needs, by name.
+
+        A module that several parts need is one module in each: tied embeddings, say.
+        """
+        stack, runs_core, norms_core = self.config.stack, True, False
+        if isinstance(stack, LoopedConfig):
+            runs_core = set(stack.core_blocks) <= set(part.layers)
+            norms_core = runs_core and stack.norm_core_output
+        needed = {
+            **{f"blocks.{i}": True for i in part.layers},
+            "embedding": part.first or (part.last and self.config.head.tie_embeddings),
+            "stack": runs_core,
+            "norm": part.last or norms_core,
+            "head": part.last,
+        }
+        return {name: self.get_submodule(name) for name, wanted in needed.items() if wanted}
+
+    def keep(self, parts: Iterable[Part]) -> None:
+        """Let go of all that no part needs; what is left runs by `forward_part` only."""
+        needed = {name for part in parts for name in self.modules_of(part)}
+        for i in [i for i, _ in self.layers() if f"blocks.{i}" not in needed]:
+            del self.blocks[i]
+        for name in {"embedding", "norm", "head"} - needed:
+            self.register_module(name, None)
+        if "stack" not in needed:
+            self.stack = Sequential(self.config.num_layers)
 
     def block(self, i: int) -> Block:
         """Return the block of a global index."""
@@ -82,13 +126,41 @@ class Backbone(nn.Module):
         ctx = self._context(ctx, num_recurrences)
         passed = self._pass(input_ids, ctx, state, return_state)
         if labels is None:
-            results = [self.head(self.norm(passed.x), self.embedding.weight)]
+            results: list[Any] = [self._read(passed.x)]
         else:
             kept_BT = labels != IGNORE_INDEX
             results = [self._loss(passed, labels, kept_BT, criterion), kept_BT.sum()]
         if return_state:
             results.append(passed.state)
         return results[0] if len(results) == 1 else tuple(results)
+
+    def forward_part(
+        self,
+        part: Part,
+        x: Tensor,
+        labels: Tensor | None = None,
+        *,
+        ctx: Context,
+    ) -> Tensor:
+        """Run what a stage of a pipeline runs of a training or evaluation pass.
+
+        Args:
+            part: which part of the model.
+            x: ids int64 (B, T) of the first part, else what the part before returned.
+            labels: as for `forward`; of the last part.
+            ctx: of the whole rows, as for `forward`.
+
+        Returns:
+            x (B, T, D) for the part after; of the last one the summed loss, a scalar.
+        """
+        if part.first:
+            x = self.embed(x)
+        passed = self.stack(x, ctx, self.surroundings(ctx), None, False, part.layers)
+        if not part.last:
+            return cast(Tensor, passed.x)
+        if labels is None:
+            raise ValueError("labels: got None, expected them for the last part")
+        return self._loss(passed, labels, labels != IGNORE_INDEX, None)
 
     def features(
         self, input_ids: Tensor, ctx: Context | None = None, state: State | None = None
@@ -110,7 +182,7 @@ class Backbone(nn.Module):
         Of `ctx` counts how a looped stack is to run; see `forward` for the rest.
         """
         passed = self._pass(input_ids_B, self._context(ctx, num_recurrences), state, True)
-        return self.head(self.norm(passed.x), self.embedding.weight), passed.state
+        return self._read(passed.x), passed.state
 
     def _context(self, ctx: Context | None, num_recurrences: int | None) -> Context:
         ctx = ctx or Context()
@@ -144,10 +216,12 @@ class Backbone(nn.Module):
             except ArithmeticError as error:
                 raise type(error)(f"layer {i}: {error}") from error
 
-        def readout(x: Tensor) -> Tensor:
-            return self.head(self.norm(x), self.embedding.weight)
+        return Surroundings(run, self._inherit, self.norm, self._read)
 
-        return Surroundings(run, self._inherit, self.norm, readout)
+    def _read(self, x: Tensor, *options: Any, **more: Any) -> Tensor:
+        """Return what the head makes of x (..., D): see Head.forward for what else it takes."""
+        tied = self.embedding.weight if self.config.head.tie_embeddings else None
+        return cast(Tensor, self.head(self.norm(x), tied, *options, **more))
 
     def _loss(
         self, passed: Passed, labels: Tensor, kept_BT: Tensor, criterion: Criterion | None
@@ -156,13 +230,10 @@ class Backbone(nn.Module):
         if passed.exits and criterion is not None:
             raise UserError("stack.halt=exit_gate: has a loss of its own; it cannot be distilled")
         if passed.exits:
-            losses = [
-                self.head(self.norm(x), self.embedding.weight, labels, token_weights=weight)
-                for x, weight in passed.exits
-            ]
+            losses = [self._read(x, labels, token_weights=weight) for x, weight in passed.exits]
             loss = torch.stack(losses).sum()
         else:
-            loss = self.head(self.norm(passed.x), self.embedding.weight, labels, criterion)
+            loss = self._read(passed.x, labels, criterion)
         if passed.penalty is not None and self.training:
             loss = loss + (passed.penalty * kept_BT).sum()
         return loss
@@ -210,12 +281,13 @@ class Backbone(nn.Module):
         """Initialise every parameter; `assign` places a whole tensor into a (sharded) parameter."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.named_parameters()}
         init = Initializer(self.config, names, seed, assign)
-        init.normal(self.embedding.weight, init.std)
+        if self.embedding is not None:
+            init.normal(self.embedding.weight, init.std)
         for _, block in self.layers():
             block.init_weights(init)
-        self.stack.init_weights(init)
-        self.norm.init_weights(init)
-        self.head.init_weights(init)
+        for part in (self.stack, self.norm, self.head):
+            if part is not None:
+                part.init_weights(init)
 
 
 def build_stack(config: ModelConfig) -> Stack:

@@ -33,7 +33,7 @@ class Head(nn.Module):
     def forward(
         self,
         x: Tensor,
-        tied: Tensor,
+        tied: Tensor | None,
         labels: Tensor | None = None,
         criterion: Criterion | None = None,
         token_weights: Tensor | None = None,
@@ -42,7 +42,7 @@ class Head(nn.Module):
 
         Args:
             x: (..., d_model).
-            tied: the embedding's weight (vocab, d_model), used where the config ties them.
+            tied: the embedding's weight (vocab, d_model), where the config ties them.
             labels: (...) int64, -100 where there is nothing to predict.
             criterion: computes the loss, by default `cross_entropy`.
             token_weights: (...), multiply the tokens' cross-entropies; they may have a gradient.
@@ -52,6 +52,7 @@ class Head(nn.Module):
             training mode plus z_loss * logsumexp^2.
         """
         weight = tied if self.weight is None else self.weight
+        assert weight is not None  # noqa: S101
         if self.config.logit_scale != 1:
             x = x * self.config.logit_scale
         if labels is not None:

@@ -57,19 +57,23 @@ class Looped(Stack):
         around: Surroundings,
         state: State | None,
         keep_state: bool,
+        layers: range | None = None,
     ) -> Passed:
         """Run prelude, loop and coda; see Stack.
 
         Raises:
             UserError: a number of recurrences below 1, or one that the state is not made for.
         """
-        e, after = self.enter(x, around, state, keep_state)
+        if layers is not None and not set(self.core) <= set(layers):
+            # A stage of a pipeline without the core.
+            return Passed(*run_once(layers, x, around.run, state, keep_state))
+        e, after = self.enter(x, around, state, keep_state, layers)
         position = next_positions(e, ctx, state)
         iteration = self._start(ctx)
         latent, core_state = self._loop(e, position, ctx, around, iteration, state, keep_state)
         exits = iteration.exits()
         outputs = [exit for exit, _ in exits] or [iteration.output(latent)]
-        left = [self.leave(output, around, state, keep_state) for output in outputs]
+        left = [self.leave(output, around, state, keep_state, layers) for output in outputs]
         x, coda_state = left[-1]
         if keep_state:
             after |= core_state | coda_state
@@ -127,10 +131,15 @@ class Looped(Stack):
         return latent, cache.state()
 
     def enter(
-        self, x: Tensor, around: Surroundings, state: State | None, keep_state: bool
+        self,
+        x: Tensor,
+        around: Surroundings,
+        state: State | None,
+        keep_state: bool,
+        layers: range | None = None,
     ) -> tuple[Tensor, State]:
-        """Run the prelude on embeddings; returns e and the state of its blocks."""
-        return run_once(self.prelude, x, around.run, state, keep_state)
+        """Run the prelude, or what `layers` has of it, on embeddings; returns e and its state."""
+        return run_once(_common(self.prelude, layers), x, around.run, state, keep_state)
 
     def recurrence(
         self,
@@ -233,11 +242,19 @@ class Looped(Stack):
         return inject
 
     def leave(
-        self, latent: Tensor, around: Surroundings, state: State | None, keep_state: bool
+        self,
+        latent: Tensor,
+        around: Surroundings,
+        state: State | None,
+        keep_state: bool,
+        layers: range | None = None,
     ) -> tuple[Tensor, State]:
-        """Run the coda on latent states; returns what the last norm reads, and its state."""
+        """Run the coda, or what `layers` has of it, on latent states.
+
+        Returns what the last norm reads, and its state.
+        """
         x = around.norm(latent) if self.config.norm_core_output else latent
-        return run_once(self.coda, x, around.run, state, keep_state)
+        return run_once(_common(self.coda, layers), x, around.run, state, keep_state)
 
     def init_state(
         self,
@@ -283,9 +300,20 @@ def sinusoid(number: Tensor, d_model: int) -> Tensor:
 
 
 def next_positions(x: Tensor, ctx: Context, state: State | None) -> Tensor:
-    """Return each token's position in its document, int64 (B, T) or (B,)."""
+    """Return the position in its document of each token in x, int64 (B, T) or (B,)."""
     if state is None:
         first_B = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     else:
         first_B = state[POSITION]
-    return first_B if x.dim() == 2 else positions(x.shape[1], ctx.resets, first_B)
+    if x.dim() == 2:
+        return first_B
+    here = ctx.here or slice(0, x.shape[1])
+    resets = None if ctx.resets is None else ctx.resets[:, : here.stop]
+    return positions(here.stop, resets, first_B)[:, here]
+
+
+def _common(blocks: range, layers: range | None) -> range:
+    """Return the blocks that are among `layers` (None: all)."""
+    if layers is None:
+        return blocks
+    return range(max(blocks.start, layers.start), min(blocks.stop, layers.stop))

@@ -67,6 +67,7 @@ class Stack(nn.Module):
         around: Surroundings,
         state: State | None,
         keep_state: bool,
+        layers: range | None = None,
     ) -> Passed:
         """Run all blocks on embeddings (B, T, d_model), or (B, d_model) of one token.
 
@@ -76,6 +77,8 @@ class Stack(nn.Module):
             around: the model.
             state: of the tokens before.
             keep_state: return the state after the last token.
+            layers: run these only, in a pipeline: x is then what comes out of those before. A
+                looped core is run as a whole.
         """
 
     def init_state(
@@ -113,9 +116,11 @@ class Sequential(Stack):
         around: Surroundings,
         state: State | None,
         keep_state: bool,
+        layers: range | None = None,
     ) -> Passed:
         """Run the blocks; see Stack."""
-        return Passed(*run_once(range(self.num_layers), x, around.run, state, keep_state))
+        layers = range(self.num_layers) if layers is None else layers
+        return Passed(*run_once(layers, x, around.run, state, keep_state))
 
 
 def run_once(

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim.optimizer import ParamsT
 
+from megarec.optim.clip import local_shard
+
 
 class ELLISAdam(torch.optim.Optimizer):
     """Adam with atan2 and update clipping, its moments starting at the first gradient.
@@ -72,9 +74,9 @@ class ELLISAdam(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
 
         beta1, beta2 = group["betas"]
-        ps, gs = [_local(p) for p in parameters], [_local(g) for g in gradients.values()]
-        ms = [_local(state["exp_avg"]) for state in states]
-        vs = [_local(state["exp_avg_sq"]) for state in states]
+        ps, gs = [local_shard(p) for p in parameters], [local_shard(g) for g in gradients.values()]
+        ms = [local_shard(state["exp_avg"]) for state in states]
+        vs = [local_shard(state["exp_avg_sq"]) for state in states]
         for g, m, v, state in zip(gs, ms, vs, states, strict=True):
             if state["step"] == 0:
                 m.copy_(g)
@@ -103,10 +105,6 @@ class ELLISAdam(torch.optim.Optimizer):
 
 def _layout(tensor: Tensor) -> Hashable:
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sum_of_shards(parts: Tensor, like: Tensor) -> Tensor:

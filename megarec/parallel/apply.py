@@ -1,5 +1,8 @@
 """Parallelise a model: one ordered function for every family."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,22 +14,46 @@ from megarec.config.schema import Config
 from megarec.models.backbone import Backbone
 from megarec.models.block import Block
 from megarec.optim.build import freeze
+from megarec.parallel.mesh import data_mesh
+from megarec.parallel.pipeline import Stage, split
+from megarec.parallel.tensor import split_tensors
 
 
-def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) -> Backbone:
-    """Build the model of this rank: on meta, then in order freeze, recompute, shard, initialise.
+@dataclass(frozen=True)
+class Sharded:
+    """What a rank holds of a model.
 
-    No rank ever holds the whole model. The weights depend on the seed alone, not on the mesh.
+    Attributes:
+        model: the layers that are here, under their own names.
+        stages: of a pipeline, what runs them; empty without one.
+    """
+
+    model: Backbone
+    stages: list[Stage]
+
+    @property
+    def twins(self) -> frozenset[Tensor]:
+        """Parameters that another rank of the pipeline has too, and counts as its own."""
+        return frozenset()
+
+
+def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) -> Sharded:
+    """Build what this rank holds of the model; no rank ever holds the whole of it.
+
+    In order: on meta, split for the pipeline, freeze, split for tensor parallelism, recompute,
+    compile, shard; then initialise. The weights depend on the seed alone, not on the mesh.
     Raises UserError for a learning-rate scale that matches no parameter.
     """
     with torch.device("meta"):
         model = Backbone(config.model)
     freeze(model, config.optimizer)
+    stages = split(model, config, mesh)
+    split_tensors(model, mesh["tp"])
     recompute(model, config.parallel.activation_checkpointing)
-    shard(model, config, mesh)
+    shard(model, config, mesh, stages)
     model.to_empty(device=device)
     model.init_weights(config.seed, assign_shard)
-    return model
+    return Sharded(model, stages)
 
 
 def recompute(model: Backbone, what: str) -> None:
@@ -50,28 +77,32 @@ def build_frozen_model(
     with torch.device("meta"):
         model = Backbone(model_config)
     model.requires_grad_(False).eval()
-    shard(model, config, mesh)
+    shard(model, config, mesh, [])
     return model.to_empty(device=device)
 
 
-def shard(model: Backbone, config: Config, mesh: DeviceMesh) -> None:
-    """Apply FSDP2 (HSDP where parameters are replicated too) to each block and the root.
+def shard(model: Backbone, config: Config, mesh: DeviceMesh, stages: Sequence[Stage]) -> None:
+    """Apply FSDP2 (HSDP where parameters are replicated too) to each block and the roots.
+
+    A root is what runs: the model, or each stage of a pipeline.
 
     Modules that a mixer keeps in float32 become units of their own. Master weights are float32;
     gradients are reduced in float32. The core of a looped stack is one unit, gathered once in a
     micro-batch and held over all recurrences, forward and backward (see `release_core`), unless
     `hold_core` is false.
     """
-    data_mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
     compute = getattr(torch, config.precision.compute)
-    reshard = config.parallel.reshard_after_forward
+    reshard = config.parallel.reshards_after_forward
 
     def unit(modules: list[nn.Module], dtype: torch.dtype, reshard_after_forward: bool) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         fully_shard(
-            modules, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+            modules,
+            mesh=data_mesh(mesh),
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
         )
 
     held = held_blocks(model, config)
@@ -85,8 +116,10 @@ def shard(model: Backbone, config: Config, mesh: DeviceMesh) -> None:
         unit(list(held), compute, False)
         for held_unit in held_units(held):
             held_unit.set_reshard_after_backward(False, recurse=False)
-    # The root's parameters (embedding, norm, head) are needed again right after the forward.
-    unit([model], compute, False)
+    # A root's parameters (embedding, norm, head) are needed again right after the forward.
+    roots: Sequence[nn.Module] = stages or [model]
+    for root in roots:
+        unit([root], compute, False)
 
 
 def held_blocks(model: Backbone, config: Config) -> list[Block]:

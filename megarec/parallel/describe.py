@@ -1,5 +1,7 @@
 """The text of a dry run."""
 
+import math
+
 import torch
 import yaml
 
@@ -7,6 +9,7 @@ from megarec.config.schema import Config
 from megarec.config.stack import LoopedConfig
 from megarec.errors import UserError
 from megarec.models.backbone import Backbone
+from megarec.parallel.mesh import AXES, shown
 from megarec.parallel.plan import plan
 
 MIB, GIB = 2**20, 2**30
@@ -22,7 +25,7 @@ def describe(config: Config, world_size: int) -> str:
     """
     parallel = config.parallel
     if parallel.dp_shard != -1:
-        world_size = parallel.dp_replicate * parallel.dp_shard
+        world_size = math.prod(getattr(parallel, axis) for axis in AXES)
     sizes = plan(config, world_size)
     with torch.device("meta"):
         built = sum(parameter.numel() for parameter in Backbone(config.model).parameters())
@@ -32,7 +35,7 @@ def describe(config: Config, world_size: int) -> str:
             "num_params() of a mixer is wrong"
         )
     train = config.train
-    axes = " x ".join(f"{axis} {size}" for axis, size in sizes.axes.items())
+    axes = " x ".join(f"{axis} {size}" for axis, size in shown(sizes.axes).items())
     memory = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in sizes.memory_bytes.items())
     teacher = []
     if config.distill is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megarec.config.schema import Config
 from megarec.config.stack import repeated
 from megarec.data.loader import accumulation_steps
-from megarec.parallel.mesh import resolve_axes
+from megarec.parallel.mesh import place, resolve_axes
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ def plan(config: Config, world_size: int) -> Plan:
         flops_per_token=config.model.flops_per_token(train.seq_len),
         tokens_per_step=train.global_batch_size * train.seq_len,
         micro_batches=accumulation_steps(
-            train.global_batch_size, train.micro_batch_size, world_size
+            train.global_batch_size,
+            train.micro_batch_size,
+            place(config.parallel, 0, world_size).data_ranks,
         ),
         memory_bytes=memory_per_rank(config, axes["dp_shard"]),
     )

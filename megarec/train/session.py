@@ -23,7 +23,7 @@ from megarec.errors import EXIT_PREEMPTED, RunError, UserError
 from megarec.models.backbone import Backbone
 from megarec.optim.build import learning_rate_scales
 from megarec.parallel.apply import build_frozen_model, build_sharded_model
-from megarec.parallel.mesh import build_mesh
+from megarec.parallel.mesh import build_mesh, place
 from megarec.parallel.plan import plan
 from megarec.train.environment import Environment
 from megarec.train.hooks import Hook, build_hooks
@@ -103,12 +103,13 @@ def _open_data(config: Config, env: Environment) -> tuple[Dataset, EvalLoader | 
     dataset = build_train_dataset(config.data, seed=config.seed, **common)
     if not config.data.valid:
         return dataset, None
+    at = place(config.parallel, env.rank, env.world_size)
     evaluation = EvalLoader(
         build_eval_sources(config.data.valid, bos=config.data.bos, **common),
         micro_batch_size=config.train.micro_batch_size,
         max_samples=config.evaluation.max_samples,
-        data_rank=env.rank,
-        data_ranks=env.world_size,
+        data_rank=at.data_rank,
+        data_ranks=at.data_ranks,
     )
     return dataset, evaluation
 
@@ -159,7 +160,7 @@ def _assemble(
     teacher_config: ModelConfig | None,
 ) -> Trainer:
     mesh = build_mesh(config.parallel, env.world_size, env.device.type)
-    model = build_sharded_model(config, mesh, env.device)
+    sharded = build_sharded_model(config, mesh, env.device)
     objective: Objective = next_token
     if config.distill is not None and teacher_config is not None:
         from megarec.conversion.load import load_initial_weights
@@ -172,7 +173,7 @@ def _assemble(
         config.checkpoint,
         config_hash=hash_config(config.model_dump(mode="json")),
     )
-    return Trainer(config, env, folder, model, dataset, evaluation, checkpoints, hooks, objective)
+    return Trainer(config, env, folder, sharded, dataset, evaluation, checkpoints, hooks, objective)
 
 
 def _restore(trainer: Trainer, options: Options) -> None:

@@ -18,15 +18,17 @@ from megarec.data.loader import Batch, EvalLoader, TrainLoader
 from megarec.device import peak_flops, peak_memory_bytes, synchronize
 from megarec.errors import RunError
 from megarec.evaluation.loss import evaluate_loss
-from megarec.models.backbone import Backbone
 from megarec.models.context import Context, Draw
 from megarec.optim.build import build_optimizer, set_learning_rate
 from megarec.optim.clip import clip_gradients, gradient_norm
 from megarec.optim.schedule import learning_rate
-from megarec.parallel.apply import release_core
+from megarec.parallel.apply import Sharded
+from megarec.parallel.mesh import place
 from megarec.train.environment import Environment
+from megarec.train.executor import Direct, MicroBatch
 from megarec.train.faults import fault
 from megarec.train.hooks import Hook
+from megarec.train.metrics import Largest
 from megarec.train.objective import CROSS_ENTROPY, Objective, next_token
 from megarec.train.run_folder import RunFolder
 from megarec.train.signals import StopSignal
@@ -44,8 +46,9 @@ class Trainer:
     Attributes:
         state: the counters.
         folder: where the run lives.
-        model, optimizer: the sharded model and its optimizer.
-        objective: what is minimised.
+        place: where this rank stands.
+        sharded, model, optimizer: what this rank holds of the model, and its optimizer.
+        executor: runs micro-batches.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Trainer:
         config: Config,
         env: Environment,
         folder: RunFolder,
-        model: Backbone,
+        sharded: Sharded,
         dataset: Dataset,
         evaluation: EvalLoader | None,
         checkpoints: CheckpointManager,
@@ -63,9 +66,11 @@ class Trainer:
         self.config = config
         self.env = env
         self.folder = folder
-        self.model = model
-        self.optimizer = build_optimizer(model, config.optimizer)
-        self.objective = objective
+        self.place = place(config.parallel, env.rank, env.world_size)
+        self.sharded = sharded
+        self.model = sharded.model
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.executor = Direct(sharded, config, objective)
         self.dataset = dataset
         self.evaluation = evaluation
         self.checkpoints = checkpoints
@@ -75,11 +80,12 @@ class Trainer:
             dataset,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
-            data_rank=env.rank,
-            data_ranks=env.world_size,
+            data_rank=self.place.data_rank,
+            data_ranks=self.place.data_ranks,
         )
         peak = peak_flops(env.device)
         self._peak_flops = peak and peak * env.world_size
+        self._largest = Largest(env)
         self._saved_step: int | None = None
 
     def fit(self) -> Outcome:
@@ -122,7 +128,7 @@ class Trainer:
         batches = self.loader.micro_batches(state.samples)
         fault("data_next", state.step)
         # The number of tokens must be known on all ranks before the first backward.
-        local_tokens = sum(batch.num_tokens for batch in batches)
+        local_tokens = sum(batch.num_tokens for batch in batches) if self.place.counts_data else 0
         tokens, stop_requests = self.env.sum([local_tokens, signal.received is not None])
 
         local = self._forward_backward(batches, tokens)
@@ -130,10 +136,8 @@ class Trainer:
             self._poison_gradients()
         terms = dict(zip(local, self.env.sum(list(local.values())), strict=True))
         loss = terms.pop("loss")
-        metrics = self.model.metrics()
-        if metrics:
-            metrics = dict(zip(metrics, self.env.max(list(metrics.values())), strict=True))
-        norm = gradient_norm(self.model).item()
+        metrics = self._largest.over_ranks(self.model.metrics())
+        norm = gradient_norm(self.model, self.sharded.twins).item()
         fault("before_optim", state.step)
         lr = learning_rate(config.schedule, config.optimizer.lr, state.step, config.train.steps)
         # Loss and norm are the same numbers on all ranks, so all decide alike.
@@ -178,25 +182,24 @@ class Trainer:
         ranks add up to them.
         """
         self.model.train()
-        device = self.env.device
-        sums: dict[str, torch.Tensor] = {}
+        step, device = self.state.step, self.env.device
+        micro_batches = []
         for i, batch in enumerate(batches):
             draw = Draw(
                 self.config.seed,
-                self.state.step,
-                self.state.step * len(batches) + i,
+                step,
+                step * len(batches) + i,
                 torch.arange(batch.first, batch.first + len(batch.input_ids), device=device),
             )
             ctx = replace(Context.from_doc_ids(batch.doc_ids).to(device), draw=draw)
-            loss, terms = self.objective(
-                self.model, batch.input_ids.to(device), batch.labels.to(device), ctx
+            micro_batches.append(
+                MicroBatch(batch.input_ids.to(device), batch.labels.to(device), ctx)
             )
-            # Data parallelism averages gradients over ranks: undo that, divide by all tokens.
-            (loss * (self.env.world_size / max(tokens, 1))).backward()
-            release_core(self.model, self.config)
-            for name, term in {"loss": loss, **terms}.items():
-                sums[name] = sums.get(name, 0.0) + term.detach().double()
-        return {name: total.item() / max(tokens, 1) for name, total in sums.items()}
+        # Data parallelism averages gradients over ranks: undo that, divide by all tokens.
+        scale = self.place.data_ranks / max(tokens, 1)
+        sums = self.executor.forward_backward(micro_batches, scale)
+        counts = self.place.counts_loss
+        return {n: total.item() / max(tokens, 1) if counts else 0.0 for n, total in sums.items()}
 
     def _update(self, norm: float, lr: float) -> None:
         if self.config.optimizer.grad_clip is not None:
@@ -234,7 +237,13 @@ class Trainer:
         record: dict[str, Any] = {"step": self.state.step}
         for num_recurrences in (None, *self.config.evaluation.num_recurrences):
             results = evaluate_loss(
-                self.model, self.evaluation, self.env.device, self.env.sum, num_recurrences
+                self.model,
+                self.evaluation,
+                self.env.device,
+                self.env.sum,
+                num_recurrences,
+                self.executor.loss_sum,
+                self.place,
             )
             for name, result in results.items():
                 if num_recurrences is not None:

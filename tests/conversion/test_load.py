@@ -12,12 +12,12 @@ from conversion.tiny_models import (
     tiny_config,
     write_run,
 )
-from torch.distributed.device_mesh import init_device_mesh
 
 from megarec.conversion import export_hf, load_initial_weights, load_model
 from megarec.errors import UserError
 from megarec.models import build_model
 from megarec.parallel.apply import build_sharded_model
+from megarec.parallel.mesh import build_mesh
 from megarec.testing.distributed import run_ranks
 
 
@@ -77,10 +77,10 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
 
 def load_sharded(rank: int, world_size: int, paths: list[str]) -> list[dict[str, Any]]:
     config = run_config(tiny_config())
-    mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp_replicate", "dp_shard"))
+    mesh = build_mesh(config.parallel, world_size, "cpu")
     loaded = []
     for path in paths:
-        model = build_sharded_model(config, mesh, torch.device("cpu"))
+        model = build_sharded_model(config, mesh, torch.device("cpu")).model
         load_initial_weights(model, Path(path))
         loaded.append({name: p.full_tensor() for name, p in model.state_dict().items()})
     return loaded

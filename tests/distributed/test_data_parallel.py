@@ -19,7 +19,9 @@ def cases(rank: int, world_size: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, parallel in MESHES.items():
         config = run_config(parallel=parallel)
-        model = build_sharded_model(config, build_mesh(config.parallel, world_size, "cpu"), CPU)
+        model = build_sharded_model(
+            config, build_mesh(config.parallel, world_size, "cpu"), CPU
+        ).model
         weights = {}
         for key, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)
@@ -27,7 +29,7 @@ def cases(rank: int, world_size: int) -> dict[str, Any]:
         results[name] = weights
 
     config = run_config(precision={"compute": "bfloat16"})
-    model = build_sharded_model(config, build_mesh(config.parallel, world_size, "cpu"), CPU)
+    model = build_sharded_model(config, build_mesh(config.parallel, world_size, "cpu"), CPU).model
     seen: dict[str, list[str]] = {}
 
     def record(name: str) -> Any:

@@ -75,7 +75,7 @@ def cases(rank: int, world_size: int) -> dict[str, Any]:
     for name, parallel in LAYOUTS.items():
         config = recipe(parallel)
         mesh = build_mesh(config.parallel, world_size, "cpu")
-        model = build_sharded_model(config, mesh, torch.device("cpu"))
+        model = build_sharded_model(config, mesh, torch.device("cpu")).model
         results[name] = train(model, config, rank, world_size)
         ids = torch.zeros(1, TOKENS, dtype=torch.int64)
         with Collectives() as wire:

@@ -53,7 +53,7 @@ def cases(rank: int, world_size: int) -> dict[str, Any]:
     for name, parallel in MESHES.items():
         config = config_of(parallel)
         mesh = build_mesh(config.parallel, world_size, "cpu")
-        model = build_sharded_model(config, mesh, torch.device("cpu"))
+        model = build_sharded_model(config, mesh, torch.device("cpu")).model
 
         def shard(gradient: Tensor, like: Tensor) -> Tensor:
             assert isinstance(like, DTensor)

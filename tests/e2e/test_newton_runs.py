@@ -33,7 +33,7 @@ def constrained_shards(world_size: int) -> dict[str, str]:
     """Project sharded weights that are far too large; say of each parameter what became of it."""
     recipe = run_config(model=layers_tree(GRU | {"clip": 0.25}, LSTM | {"clip": 0.125}))
     mesh = build_mesh(recipe.parallel, world_size, "cpu")
-    model = build_sharded_model(recipe, mesh, torch.device("cpu"))
+    model = build_sharded_model(recipe, mesh, torch.device("cpu")).model
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(20)

@@ -68,6 +68,10 @@ class AttentionConfig(MixerConfig):
             )
         return problems
 
+    def tp_sizes(self) -> dict[str, int] | None:
+        """Heads of queries, and of keys and values."""
+        return {"num_heads": self.num_heads, "num_kv_heads": self.kv_heads()}
+
     def longest_document(self) -> int:
         """Return what the cache is meant for."""
         return self.max_seq_len
@@ -122,9 +126,8 @@ class Attention(Mixer):
     ) -> tuple[Tensor, State]:
         """Mix a sequence; see Mixer."""
         T = x_BTD.shape[1]
-        if state is None:
-            state = self.init_state(x_BTD.shape[0], x_BTD.device)
-        position_BT = positions(T, ctx.resets, state["pos"])
+        first_B = x_BTD.new_zeros(len(x_BTD), dtype=torch.int64) if state is None else state["pos"]
+        position_BT = positions(T, ctx.resets, first_B)
         q_BTHK = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTGK = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTGK = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
@@ -135,15 +138,16 @@ class Attention(Mixer):
             q_BTHK, k_BTGK = (
                 rotate(x, angles, self.config.rope.interleaved) for x in (q_BTHK, k_BTGK)
             )
-        # Copies, also of an empty cache: what is returned as state must be no view.
-        k_BSGK = torch.cat([state["k"].to(k_BTGK.dtype), k_BTGK], 1)
-        v_BSGK = torch.cat([state["v"].to(v_BTGK.dtype), v_BTGK], 1)
+        # Copies, also without a cache: what is returned as state must be no view.
+        cached = [] if state is None else [(state["k"], state["v"])]
+        k_BSGK = torch.cat([*(k.to(k_BTGK.dtype) for k, _ in cached), k_BTGK], 1)
+        v_BSGK = torch.cat([*(v.to(v_BTGK.dtype) for _, v in cached), v_BTGK], 1)
         y_BTHK = attention(
             q_BTHK,
             k_BSGK,
             v_BSGK,
             resets=ctx.resets,
-            num_cached=state["pos"] if k_BSGK.shape[1] > T else None,
+            num_cached=first_B if k_BSGK.shape[1] > T else None,
             window=self.config.window,
             scale=self.config.scale,
         )

@@ -36,10 +36,12 @@ def learning_rate_scales(names: Iterable[str], config: OptimizerConfig) -> dict[
                 for glob in idle
             )
         )
-    return {
-        name: next((s for glob, s in config.lr_scale.items() if fnmatchcase(name, glob)), 1.0)
-        for name in names
-    }
+    return {name: learning_rate_scale(name, config) for name in names}
+
+
+def learning_rate_scale(name: str, config: OptimizerConfig) -> float:
+    """Return one parameter's factor on the learning rate: that of the first glob that matches."""
+    return next((s for glob, s in config.lr_scale.items() if fnmatchcase(name, glob)), 1.0)
 
 
 def freeze(model: nn.Module, config: OptimizerConfig) -> None:
@@ -50,13 +52,16 @@ def freeze(model: nn.Module, config: OptimizerConfig) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build the optimizer over the final (sharded) parameters that train, at its peak lr."""
+    """Build the optimizer over the final (sharded) parameters that train, at its peak lr.
+
+    The model may be a part of one: globs of `lr_scale` that match nothing are for `freeze` to find.
+    """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    scales = learning_rate_scales(dict(model.named_parameters()), config)
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         decayed = is_decayed(name, parameter, embeddings=config.decay_embeddings)
-        groups.setdefault((decayed, scales[name]), []).append(parameter)
+        scale = learning_rate_scale(name, config)
+        groups.setdefault((decayed, scale), []).append(parameter)
     param_groups = [
         {
             "params": members,

@@ -15,7 +15,8 @@ from megarec.models.backbone import Backbone
 from megarec.models.block import Block
 from megarec.optim.build import freeze
 from megarec.parallel.mesh import data_mesh
-from megarec.parallel.pipeline import Stage, split
+from megarec.parallel.pipeline import Stage, shared_modules, split
+from megarec.parallel.stages import parts, rank_of
 from megarec.parallel.tensor import split_tensors
 
 
@@ -26,15 +27,35 @@ class Sharded:
     Attributes:
         model: the layers that are here, under their own names.
         stages: of a pipeline, what runs them; empty without one.
+        mesh: of all ranks.
+        config: the recipe.
     """
 
     model: Backbone
     stages: list[Stage]
+    mesh: DeviceMesh
+    config: Config
 
     @property
     def twins(self) -> frozenset[Tensor]:
         """Parameters that another rank of the pipeline has too, and counts as its own."""
-        return frozenset()
+        here = self.mesh["pp"].get_local_rank()
+        return frozenset(p for p, other in self.copies().items() if other < here)
+
+    def copies(self) -> dict[nn.Parameter, int]:
+        """Return the parameters that are elsewhere in the pipeline too, and at which place."""
+        if not self.stages:
+            return {}
+        here = self.mesh["pp"].get_local_rank()
+        found = {}
+        with torch.device("meta"):
+            whole = Backbone(self.config.model)
+        for name, stages in shared_modules(whole, parts(self.config)).items():
+            ranks = [rank_of(stage, self.config.parallel) for stage in stages]
+            if here in ranks:
+                (other,) = set(ranks) - {here}
+                found |= {p: other for p in self.model.get_submodule(name).parameters()}
+        return found
 
 
 def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) -> Sharded:
@@ -53,7 +74,7 @@ def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) 
     shard(model, config, mesh, stages)
     model.to_empty(device=device)
     model.init_weights(config.seed, assign_shard)
-    return Sharded(model, stages)
+    return Sharded(model, stages, mesh, config)
 
 
 def recompute(model: Backbone, what: str) -> None:

@@ -25,7 +25,7 @@ from megarec.optim.schedule import learning_rate
 from megarec.parallel.apply import Sharded
 from megarec.parallel.mesh import place
 from megarec.train.environment import Environment
-from megarec.train.executor import Direct, MicroBatch
+from megarec.train.executor import Direct, Executor, MicroBatch, Pipelined
 from megarec.train.faults import fault
 from megarec.train.hooks import Hook
 from megarec.train.metrics import Largest
@@ -70,7 +70,11 @@ class Trainer:
         self.sharded = sharded
         self.model = sharded.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.executor = Direct(sharded, config, objective)
+        self.executor: Executor = (
+            Pipelined(sharded, config, env.device)
+            if sharded.stages
+            else Direct(sharded, config, objective)
+        )
         self.dataset = dataset
         self.evaluation = evaluation
         self.checkpoints = checkpoints

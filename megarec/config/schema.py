@@ -143,6 +143,17 @@ class TrainConfig(StrictModel):
     step_timeout_seconds: PositiveInt = 1800
 
 
+SAVED_OPS = (
+    *("mm", "addmm", "bmm", "baddbmm"),
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    *("all_gather_into_tensor", "reduce_scatter_tensor"),
+)
+"""What `selective` keeps unless told: matmuls, attention, collectives; by their names in torch."""
+
+
 class ParallelConfig(StrictModel):
     """The mesh, `pp` x `dp_replicate` x `dp_shard` x `cp` x `tp` processes, and what runs on it.
 
@@ -153,6 +164,8 @@ class ParallelConfig(StrictModel):
 
     `activation_checkpointing` recomputes each block (`full`), all of it but the results of
     `saved_ops` (`selective`), or each recurrence of a looped stack as a whole (`recurrence`).
+    `saved_ops` are names in torch.ops.aten or of functional collectives; ops of megarec_kernels
+    with a backward of their own are recomputed whatever they consist of.
     `compile` runs each block through torch.compile. `hold_core` keeps a looped core gathered over
     its recurrences; false gathers each of its blocks anew, which costs less memory and much
     communication.
@@ -168,6 +181,7 @@ class ParallelConfig(StrictModel):
     reshard_after_forward: bool | None = None
     hold_core: bool = True
     activation_checkpointing: Literal["none", "selective", "full", "recurrence"] = "none"
+    saved_ops: Annotated[tuple[str, ...], Tuple, Field(min_length=1)] = SAVED_OPS
     compile: bool = False
 
     @property
@@ -189,6 +203,12 @@ class ParallelConfig(StrictModel):
             problems.append("dp_shard=0: expected a positive number, or -1 for what is left")
         if self.cp > 1:
             problems.append(f"cp={self.cp}: sequence parallelism is not built yet; set cp=1")
+        checkpointing = self.activation_checkpointing
+        if self.saved_ops != SAVED_OPS and checkpointing != "selective":
+            problems.append(
+                f"saved_ops: activation_checkpointing={checkpointing} keeps none of them; set it "
+                "to selective or leave saved_ops out"
+            )
         if self.compile and self.tp > 1:
             problems.append(
                 f"compile=true, tp={self.tp}: torch 2.13 cannot compile tensor-parallel blocks "

@@ -1,10 +1,21 @@
 """A block: norm, mixer, residual; then norm, feed-forward, residual; either may be missing."""
 
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch._ops import OpOverload
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from megarec.config.model import BlockConfig, NormConfig
+from megarec.errors import UserError
 from megarec.models.context import Context
 from megarec.models.ffn import FFN
 from megarec.models.init import Initializer
@@ -17,13 +28,14 @@ class Block(nn.Module):
     """x += s * mixer(norm(x)); x += s * ffn(norm(x)), or with norms elsewhere: see BlockConfig.
 
     The residual stream keeps x's dtype. `recompute = True` frees the block's activations in the
-    forward pass and computes them again in the backward pass; it is done in here so that parameter
-    names never change.
+    forward pass and computes them again in the backward pass, all but the results of `saved_ops`
+    (see `find_ops`); it is done in here so that parameter names never change.
     """
 
     def __init__(self, config: BlockConfig, d_model: int, norm: NormConfig) -> None:
         super().__init__()
         self.recompute = False
+        self.saved_ops: frozenset[OpOverload] = frozenset()
         self.mixer: Mixer | None = None
         self.ffn: FFN | None = None
         self.skip = Scale(d_model) if config.learned_skip else None
@@ -39,7 +51,13 @@ class Block(nn.Module):
     ) -> tuple[Tensor, State]:
         """Run the block on x (batch, time, d_model); returns x and the mixer's state."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_BTD, ctx, state, use_reentrant=False)
+            contexts = noop_context_fn
+            if self.saved_ops:
+                keep = partial(_keep, self.saved_ops)
+                contexts = partial(create_selective_checkpoint_contexts, keep)
+            return checkpoint(
+                self._forward, x_BTD, ctx, state, use_reentrant=False, context_fn=contexts
+            )
         return self._forward(x_BTD, ctx, state)
 
     def _forward(self, x_BTD: Tensor, ctx: Context, state: State | None) -> tuple[Tensor, State]:
@@ -79,6 +97,35 @@ class Block(nn.Module):
         if self.ffn is not None:
             _init_branch(self.ffn_norm, self.ffn_residual, init)
             self.ffn.init_weights(init)
+
+
+def find_ops(names: Iterable[str]) -> frozenset[OpOverload]:
+    """Return torch's ops of these names, `aten` ops or functional collectives.
+
+    Raises:
+        UserError: torch has no op of a name.
+    """
+    found: set[OpOverload] = set()
+    for name in names:
+        spaces = (torch.ops.aten, torch.ops._c10d_functional)
+        packet = next((getattr(space, name) for space in spaces if hasattr(space, name)), None)
+        if packet is None:
+            raise UserError(
+                f"parallel.saved_ops: {name}: torch {torch.__version__} has no such op; expected "
+                "the name of an aten op or a functional collective, mm say"
+            )
+        overloads = [getattr(packet, overload) for overload in packet.overloads()]
+        # What writes to its arguments has to run again: they are made anew.
+        found |= {op for op in overloads if not op._schema.is_mutable}
+    return frozenset(found)
+
+
+def _keep(saved: frozenset[OpOverload], _: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+    # An op with a backward of its own runs without autograd. It is computed again as a whole:
+    # what its matmuls give is large, and may be written over.
+    if op in saved and torch.is_grad_enabled():
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Residual(nn.Module):

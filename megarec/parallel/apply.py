@@ -10,9 +10,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from megarec.config.model import ModelConfig
-from megarec.config.schema import Config
+from megarec.config.schema import Config, ParallelConfig
 from megarec.models.backbone import Backbone
-from megarec.models.block import Block
+from megarec.models.block import Block, find_ops
 from megarec.optim.build import freeze
 from megarec.parallel.mesh import data_mesh
 from megarec.parallel.pipeline import Stage, shared_modules, split
@@ -70,25 +70,28 @@ def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) 
     freeze(model, config.optimizer)
     stages = split(model, config, mesh)
     split_tensors(model, mesh["tp"])
-    recompute(model, config.parallel.activation_checkpointing)
+    recompute(model, config.parallel)
     shard(model, config, mesh, stages)
     model.to_empty(device=device)
     model.init_weights(config.seed, assign_shard)
     return Sharded(model, stages, mesh, config)
 
 
-def recompute(model: Backbone, what: str) -> None:
+def recompute(model: Backbone, parallel: ParallelConfig) -> None:
     """Free activations in the forward pass: of each block, or of each recurrence of a loop.
 
     `recurrence` keeps nothing of a recurrence of a looped stack but its latent state; the blocks
-    outside of the core free their own.
+    outside of the core free their own. Raises UserError for an op in `saved_ops` that is not there.
     """
+    what = parallel.activation_checkpointing
     looped = what == "recurrence"
     model.stack.recompute = looped
+    saved = find_ops(parallel.saved_ops) if what == "selective" else frozenset()
     for name, block in model.layers():
-        block.recompute = what == "full" or (
+        block.recompute = what in ("selective", "full") or (
             looped and int(name) not in model.config.stack.core_blocks
         )
+        block.saved_ops = saved
 
 
 def build_frozen_model(

@@ -157,18 +157,17 @@ SAVED_OPS = (
 class ParallelConfig(StrictModel):
     """The mesh, `pp` x `dp_replicate` x `dp_shard` x `cp` x `tp` processes, and what runs on it.
 
-    Parameters are sharded `dp_shard` ways (-1: what is left) and replicated. `tp` splits heads,
-    channels, FFNs and the vocabulary, and the tokens between them. `pp` splits the layers into
-    `pp_stages_per_rank` stages a rank, run by `pp_schedule`. `reshard_after_forward` frees
-    gathered parameters after the forward pass; by default so, but not in a pipeline.
+    Parameters are sharded `dp_shard` ways (-1: what is left) and replicated. `pp` splits the
+    layers into `pp_stages_per_rank` stages a rank, run by `pp_schedule`. `cp` and `tp` are 1: they
+    are not built yet. `reshard_after_forward` frees gathered parameters after the forward pass; by
+    default so, but not in a pipeline, which would gather them for each micro-batch.
 
     `activation_checkpointing` recomputes each block (`full`), all of it but the results of
     `saved_ops` (`selective`), or each recurrence of a looped stack as a whole (`recurrence`).
     `saved_ops` are names in torch.ops.aten or of functional collectives; ops of megarec_kernels
     with a backward of their own are recomputed whatever they consist of.
-    `compile` runs each block through torch.compile. `hold_core` keeps a looped core gathered over
-    its recurrences; false gathers each of its blocks anew, which costs less memory and much
-    communication.
+    `hold_core` keeps a looped core gathered over its recurrences; false gathers each of its blocks
+    anew, which costs less memory and much communication.
     """
 
     pp: PositiveInt = 1
@@ -182,7 +181,6 @@ class ParallelConfig(StrictModel):
     hold_core: bool = True
     activation_checkpointing: Literal["none", "selective", "full", "recurrence"] = "none"
     saved_ops: Annotated[tuple[str, ...], Tuple, Field(min_length=1)] = SAVED_OPS
-    compile: bool = False
 
     @property
     def stages_per_rank(self) -> int:
@@ -201,18 +199,15 @@ class ParallelConfig(StrictModel):
         problems = []
         if self.dp_shard == 0:
             problems.append("dp_shard=0: expected a positive number, or -1 for what is left")
-        if self.cp > 1:
-            problems.append(f"cp={self.cp}: sequence parallelism is not built yet; set cp=1")
+        for axis, what in {"cp": "sequence", "tp": "tensor"}.items():
+            size = getattr(self, axis)
+            if size > 1:
+                problems.append(f"{axis}={size}: {what} parallelism is not built yet; set {axis}=1")
         checkpointing = self.activation_checkpointing
         if self.saved_ops != SAVED_OPS and checkpointing != "selective":
             problems.append(
                 f"saved_ops: activation_checkpointing={checkpointing} keeps none of them; set it "
                 "to selective or leave saved_ops out"
-            )
-        if self.compile and self.tp > 1:
-            problems.append(
-                f"compile=true, tp={self.tp}: torch 2.13 cannot compile tensor-parallel blocks "
-                "reliably; leave one of them out"
             )
         schedule, stages = self.pp_schedule, self.stages_per_rank
         if schedule in ("gpipe", "1f1b") and stages > 1:
@@ -354,25 +349,18 @@ class Config(StrictModel):
 
     def _parallel_problems(self) -> list[str]:
         """Say what of model, batch and objective does not fit the mesh, one line each."""
-        tp, pp, problems = self.parallel.tp, self.parallel.pp, []
-        if tp > 1:
-            problems += [f"model.{line}" for line in self.model.tp_problems(tp)]
-            if self.train.seq_len % tp:
-                problems.append(
-                    f"train.seq_len={self.train.seq_len}: parallel.tp={tp} does not divide it; "
-                    "tokens between mixers are spread over the ranks"
-                )
-        if tp == pp == 1:
-            return problems
+        if self.parallel.pp == 1:
+            return []
+        problems = []
         stack = self.model.stack
         if isinstance(stack, LoopedConfig) and stack.halt is not None:
             problems.append(
-                f"model.stack.halt={stack.halt.type}: a rule sees tokens, exits and logits whole; "
-                "set parallel.tp=1 and pp=1"
+                f"model.stack.halt={stack.halt.type}: its losses and logits need all of the "
+                "model; set parallel.pp=1"
             )
         if self.distill is not None:
             problems.append(
-                "distill: student and teacher need their layers and vocabulary whole; set "
-                "parallel.tp=1 and pp=1"
+                "distill: student and teacher need all of their layers in one place; set "
+                "parallel.pp=1"
             )
         return problems

@@ -305,11 +305,7 @@ def next_positions(x: Tensor, ctx: Context, state: State | None) -> Tensor:
         first_B = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     else:
         first_B = state[POSITION]
-    if x.dim() == 2:
-        return first_B
-    here = ctx.here or slice(0, x.shape[1])
-    resets = None if ctx.resets is None else ctx.resets[:, : here.stop]
-    return positions(here.stop, resets, first_B)[:, here]
+    return first_B if x.dim() == 2 else positions(x.shape[1], ctx.resets, first_B)
 
 
 def _common(blocks: range, layers: range | None) -> range:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from megarec.optim.build import freeze
 from megarec.parallel.mesh import data_mesh
 from megarec.parallel.pipeline import Stage, shared_modules, split
 from megarec.parallel.stages import parts, rank_of
-from megarec.parallel.tensor import split_tensors
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sharded:
     mesh: DeviceMesh
     config: Config
 
-    @property
+    @cached_property
     def twins(self) -> frozenset[Tensor]:
         """Parameters that another rank of the pipeline has too, and counts as its own."""
         here = self.mesh["pp"].get_local_rank()
@@ -47,7 +47,7 @@ class Sharded:
         if not self.stages:
             return {}
         here = self.mesh["pp"].get_local_rank()
-        found = {}
+        found: dict[nn.Parameter, int] = {}
         with torch.device("meta"):
             whole = Backbone(self.config.model)
         for name, stages in shared_modules(whole, parts(self.config)).items():
@@ -61,15 +61,13 @@ class Sharded:
 def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) -> Sharded:
     """Build what this rank holds of the model; no rank ever holds the whole of it.
 
-    In order: on meta, split for the pipeline, freeze, split for tensor parallelism, recompute,
-    compile, shard; then initialise. The weights depend on the seed alone, not on the mesh.
+    In order: on meta, freeze, split for the pipeline, recompute, shard; then initialise. The weights depend on the seed alone, not on the mesh.
     Raises UserError for a learning-rate scale that matches no parameter.
     """
     with torch.device("meta"):
         model = Backbone(config.model)
     freeze(model, config.optimizer)
     stages = split(model, config, mesh)
-    split_tensors(model, mesh["tp"])
     recompute(model, config.parallel)
     shard(model, config, mesh, stages)
     model.to_empty(device=device)

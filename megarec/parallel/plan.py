@@ -6,6 +6,7 @@ from megarec.config.schema import Config
 from megarec.config.stack import repeated
 from megarec.data.loader import accumulation_steps
 from megarec.parallel.mesh import place, resolve_axes
+from megarec.parallel.stages import check_micro_batches, parts
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,22 @@ def plan(config: Config, world_size: int) -> Plan:
     """Compute the plan of a recipe on `world_size` processes (UserError if it does not fit)."""
     axes = resolve_axes(config.parallel, world_size)
     train = config.train
+    data_ranks = place(config.parallel, 0, world_size).data_ranks
+    micro_batches = accumulation_steps(train.global_batch_size, train.micro_batch_size, data_ranks)
+    if axes["pp"] > 1:
+        parts(config)
+        check_micro_batches(config.parallel, micro_batches)
     return Plan(
         axes=axes,
         num_params=config.model.num_params(),
         flops_per_token=config.model.flops_per_token(train.seq_len),
         tokens_per_step=train.global_batch_size * train.seq_len,
-        micro_batches=accumulation_steps(
-            train.global_batch_size,
-            train.micro_batch_size,
-            place(config.parallel, 0, world_size).data_ranks,
-        ),
-        memory_bytes=memory_per_rank(config, axes["dp_shard"]),
+        micro_batches=micro_batches,
+        memory_bytes=memory_per_rank(config, axes["dp_shard"], micro_batches),
     )
 
 
-def memory_per_rank(config: Config, dp_shard: int) -> dict[str, float]:
+def memory_per_rank(config: Config, dp_shard: int, micro_batches: int = 1) -> dict[str, float]:
     """Estimate the bytes of one rank: states exactly, activations by formula.
 
     Sharded float32 parameters and gradients (4 bytes each) and two Adam moments (8). Gathered: the
@@ -57,6 +59,9 @@ def memory_per_rank(config: Config, dp_shard: int) -> dict[str, float]:
     input and output, about the block's parameters / d_model numbers. Where recurrences are
     recomputed: one latent state each (plus one recurrence at work). The head: one chunk of logits,
     twice, in float32, and the gradient of its weight.
+
+    In a pipeline stages are taken to be alike. Each rank has its share of everything, once for each
+    micro-batch in flight: `micro_batches` in gpipe, elsewhere as many as there are ranks.
     """
     model, train = config.model, config.train
     width = 2 if config.precision.compute == "bfloat16" else 4
@@ -77,13 +82,17 @@ def memory_per_rank(config: Config, dp_shard: int) -> dict[str, float]:
     else:
         activations = repeated(per_token, runs)
     held = sum(blocks[i] for i in core) if config.parallel.hold_core else 0
+    pp = config.parallel.pp
+    in_flight = micro_batches if config.parallel.pp_schedule == "gpipe" else pp
     gathered = root + 2.0 * max(blocks) + held
+    if not config.parallel.reshards_after_forward:
+        gathered = num_params / pp
     chunk = min(model.head.chunk_size, tokens)
     return {
-        "parameters": 4.0 * num_params / dp_shard,
-        "gradients": 4.0 * num_params / dp_shard,
-        "optimizer": 8.0 * num_params / dp_shard,
+        "parameters": 4.0 * num_params / dp_shard / pp,
+        "gradients": 4.0 * num_params / dp_shard / pp,
+        "optimizer": 8.0 * num_params / dp_shard / pp,
         "gathered": width * gathered if dp_shard > 1 or width == 2 else 0.0,
-        "activations": width * tokens * activations,
+        "activations": width * tokens * activations * (in_flight / pp if pp > 1 else 1),
         "head": 4.0 * model.vocab_size * (2 * chunk + model.d_model),
     }

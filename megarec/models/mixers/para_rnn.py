@@ -58,10 +58,6 @@ class NewtonMixerConfig(MixerConfig):
             problems.append(f"cell: {error}")
         return problems
 
-    def tp_sizes(self) -> dict[str, int] | None:
-        """Heads: channels meet only inside of one."""
-        return {"num_heads": self.num_heads}
-
     def num_params(self, d_model: int) -> int:
         """Count x, z, out projection; input map and its bias; recurrence, convolution, norm."""
         inputs = self.cell.num_inputs

@@ -3,8 +3,9 @@
 DCP's default storage keeps its metadata pickled; the safetensors storage runs no code on reading.
 """
 
+import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,11 +60,15 @@ def read(
     Collective over `group` (default: all ranks), or alone where there is no process group. Values
     are converted to the dtype of the tensor. `partial` leaves tensors of the folder unread, as
     tools do that want ``model.*`` only.
-    Raises UserError, before any tensor changes, when names or shapes do not fit.
+    The ranks of a pipeline each have some of the tensors.
+    Raises UserError, on all ranks before any tensor changes, when names or shapes do not fit.
     """
     stored = {name: shape for name, (shape, _) in describe(folder).items()}
     expected = {name: tensor.shape for name, tensor in tensors.items()}
-    problems = mismatches(str(folder), stored, expected, partial=partial)
+    if not partial:
+        elsewhere = _wanted_elsewhere(stored.keys() - expected.keys(), group)
+        stored = {name: shape for name, shape in stored.items() if name not in elsewhere}
+    problems = _of_any_rank(mismatches(str(folder), stored, expected, partial=partial), group)
     if problems:
         raise UserError(*problems)
     with _as_user_errors(), _quiet():
@@ -73,6 +78,26 @@ def read(
             process_group=group,
             no_dist=not dist.is_initialized(),
         )
+
+
+def _wanted_elsewhere(unread: Set[str], group: dist.ProcessGroup | None) -> set[str]:
+    """Return which of the names that this rank does not read some other rank does."""
+    unread_by_all = set(unread)
+    for names in _gather(sorted(unread), group):
+        unread_by_all &= set(names)
+    return set(unread) - unread_by_all
+
+
+def _of_any_rank(lines: list[str], group: dist.ProcessGroup | None) -> list[str]:
+    return list(dict.fromkeys(line for lines_ in _gather(lines, group) for line in lines_))
+
+
+def _gather(lines: list[str], group: dist.ProcessGroup | None) -> list[list[str]]:
+    if not dist.is_initialized():
+        return [lines]
+    texts: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(texts, json.dumps(lines), group=group)
+    return [json.loads(text) for text in texts]
 
 
 def describe(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:

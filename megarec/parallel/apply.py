@@ -61,7 +61,8 @@ class Sharded:
 def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) -> Sharded:
     """Build what this rank holds of the model; no rank ever holds the whole of it.
 
-    In order: on meta, freeze, split for the pipeline, recompute, shard; then initialise. The weights depend on the seed alone, not on the mesh.
+    In order: on meta, freeze, split for the pipeline, recompute, shard; then initialise. The
+    weights depend on the seed alone, not on the mesh.
     Raises UserError for a learning-rate scale that matches no parameter.
     """
     with torch.device("meta"):

@@ -25,8 +25,8 @@ ROWS, TOKENS, STEPS = 8, 16, 5
 CPU = torch.device("cpu")
 ATTENTION = {"type": "attention", "num_heads": 2}
 MAMBA = {"type": "mamba2", "num_heads": 4, "head_dim": 16, "state_dim": 8}
-# With gates as open as in "mlstm" the normaliser's kinks amplify rounding: sharding alone, which sums
-# gradients in another order, moves the gradient norm by 1e-5 to 3e-3 there within five steps.
+# With gates as open as in "mlstm" the normaliser's kinks amplify rounding: sharding alone, which
+# adds gradients in another order, moves the gradient norm by 1e-5 to 3e-3 within five steps.
 CALM = {"type": "mlstm", "num_heads": 2, "igate_bias_init": -6.0, "chunk_size": 8}
 MODELS: dict[str, dict[str, Any]] = {
     "mlstm": model_tree(num_layers=5),
@@ -186,7 +186,7 @@ def test_a_checkpoint_crosses_from_a_pipeline_and_back(
     same = run_ranks(load, source, str(tmp_path), name)
     other = run_ranks(load, target, str(tmp_path), name)
     before, after = (
-        {k: x for held, _ in ranks for k, x in held.items()} for ranks in (same, other)
+        {key: x for held, _ in ranks for key, x in held.items()} for ranks in (same, other)
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], x) for key, x in before.items())

@@ -99,7 +99,7 @@ def load_initial_weights(model: Backbone, path: Path) -> None:
     Collective where there is a process group. Values are converted to the dtype of the model.
 
     Args:
-        model: whole, or sharded on any mesh.
+        model: whole, or what a rank holds on any mesh.
         path: as for `load_model`.
 
     Raises:
@@ -107,7 +107,10 @@ def load_initial_weights(model: Backbone, path: Path) -> None:
     """
     if is_hf_folder(path):
         _, tensors = import_hf(path)
-        check_tensors(str(path), tensors, dict(model.named_parameters()))
+        # A pipeline's rank has some of the layers only.
+        with torch.device("meta"):
+            whole = Backbone(model.config)
+        check_tensors(str(path), tensors, dict(whole.named_parameters()))
         _assign(model, tensors)
     else:
         dcp.read(resolve_checkpoint(path), dcp.model_tensors(model), partial=True)

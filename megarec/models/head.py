@@ -1,6 +1,7 @@
 """The language-model head: projection to the vocabulary, soft cap, and the loss."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from megarec_kernels.linear_cross_entropy import linear_cross_entropy
@@ -51,8 +52,7 @@ class Head(nn.Module):
             logits (..., vocab); with labels, a scalar: the sum of cross-entropies in nats, in
             training mode plus z_loss * logsumexp^2.
         """
-        weight = tied if self.weight is None else self.weight
-        assert weight is not None  # noqa: S101
+        weight = cast(Tensor, tied if self.weight is None else self.weight)
         if self.config.logit_scale != 1:
             x = x * self.config.logit_scale
         if labels is not None:

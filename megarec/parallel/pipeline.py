@@ -12,7 +12,7 @@ from megarec.errors import UserError
 from megarec.models.backbone import Backbone, Part
 from megarec.models.context import Context
 from megarec.optim.clip import local_shard
-from megarec.parallel.stages import parts, rank_of
+from megarec.parallel.stages import check_micro_batches, parts, rank_of
 
 Rows = tuple[Tensor, Tensor, Context]
 """input_ids and labels, int64 (B, T), and their context."""
@@ -49,15 +49,25 @@ class Stage(nn.Module):
 
 
 def split(model: Backbone, config: Config, mesh: DeviceMesh) -> list[Stage]:
-    """Keep this rank's layers of a model on meta; returns its stages, none without a pipeline.
-
-    Raises UserError for more stages than layers, or two stages of a rank that share a module.
-    """
+    """Keep this rank's layers of a model on meta; returns its stages, none without a pipeline."""
     if config.parallel.pp == 1:
         return []
     here = mesh["pp"].get_local_rank()
     every = parts(config)
-    for name, holders in shared_modules(model, every).items():
+    mine = [i for i in range(len(every)) if rank_of(i, config.parallel) == here]
+    model.keep([every[i] for i in mine])
+    return [Stage(model, every[i], i) for i in mine]
+
+
+def check_stages(config: Config, micro_batches: int) -> None:
+    """Raise UserError unless a pipeline can run a recipe with so many micro-batches in a step.
+
+    There may be too few of them, too few layers, or two stages of a rank that share a module.
+    """
+    check_micro_batches(config.parallel, micro_batches)
+    with torch.device("meta"):
+        model = Backbone(config.model)
+    for name, holders in shared_modules(model, parts(config)).items():
         ranks = [rank_of(stage, config.parallel) for stage in holders]
         if len(set(ranks)) < len(ranks):
             raise UserError(
@@ -65,9 +75,6 @@ def split(model: Backbone, config: Config, mesh: DeviceMesh) -> list[Stage]:
                 f"model.{name} and are on one rank, where FSDP cannot shard it for both; choose "
                 "another schedule or number of stages, or untie it"
             )
-    mine = [i for i in range(len(every)) if rank_of(i, config.parallel) == here]
-    model.keep([every[i] for i in mine])
-    return [Stage(model, every[i], i) for i in mine]
 
 
 def shared_modules(model: Backbone, every: list[Part]) -> dict[str, list[int]]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from megarec.config.schema import Config
 from megarec.config.stack import repeated
 from megarec.data.loader import accumulation_steps
+from megarec.models.block import find_ops
 from megarec.parallel.mesh import place, resolve_axes
-from megarec.parallel.stages import check_micro_batches, parts
+from megarec.parallel.pipeline import check_stages
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ def plan(config: Config, world_size: int) -> Plan:
     data_ranks = place(config.parallel, 0, world_size).data_ranks
     micro_batches = accumulation_steps(train.global_batch_size, train.micro_batch_size, data_ranks)
     if axes["pp"] > 1:
-        parts(config)
-        check_micro_batches(config.parallel, micro_batches)
+        check_stages(config, micro_batches)
+    find_ops(config.parallel.saved_ops)
     return Plan(
         axes=axes,
         num_params=config.model.num_params(),

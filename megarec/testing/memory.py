@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megarec.optim.clip import local_shard
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -46,21 +48,21 @@ def measure(
         optimizer: of the model's parameters.
     """
     model.zero_grad(set_to_none=True)
-    held = [_local(parameter) for parameter in model.parameters()]
+    held = [local_shard(parameter) for parameter in model.parameters()]
     with LiveBytes() as live:
         result = forward()
         # FSDP puts the whole parameters in place of its shards as long as it holds them.
-        whole = _storages(_local(parameter) for parameter in model.parameters())
+        whole = _storages(local_shard(parameter) for parameter in model.parameters())
         gathered = live.bytes(only=whole)
         activations = live.bytes() - gathered - result.untyped_storage().nbytes()
         result.sum().backward()
     parameters = list(model.parameters())
-    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+    gradients = [local_shard(p.grad) for p in parameters if p.grad is not None]
     states: list[Tensor] = []
     if optimizer is not None:
         optimizer.step()
         per_parameter = [optimizer.state[parameter].values() for parameter in parameters]
-        states = [_local(x) for values in per_parameter for x in values if _is_large(x)]
+        states = [local_shard(x) for values in per_parameter for x in values if _is_large(x)]
     return Memory(
         parameters=num_bytes(held),
         gradients=num_bytes(gradients),
@@ -113,10 +115,6 @@ class LiveBytes(TorchDispatchMode):
 
 def _storages(tensors: Iterable[Tensor]) -> set[int]:
     return {x.untyped_storage()._cdata for x in tensors if not isinstance(x, DTensor)}
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _is_large(state: Any) -> bool:

@@ -22,7 +22,7 @@ from megarec.config.schema import Config
 from megarec.models.context import Context
 from megarec.parallel.apply import Sharded, release_core
 from megarec.parallel.pipeline import Stage, add_twins
-from megarec.parallel.stages import check_micro_batches, rank_of
+from megarec.parallel.stages import rank_of
 from megarec.train.objective import Objective
 
 
@@ -129,12 +129,12 @@ class Pipelined(Executor):
     def _boundary(self, batch_size: int, num_tokens: int) -> Tensor:
         """Return an empty tensor like what goes from stage to stage."""
         dtype = getattr(torch, self.config.precision.compute)
-        shape = (batch_size, num_tokens // self.config.parallel.tp, self.config.model.d_model)
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.empty(
+            batch_size, num_tokens, self.config.model.d_model, dtype=dtype, device=self.device
+        )
 
     def _schedule(self, num_micro_batches: int) -> Any:
         if num_micro_batches not in self._schedules:
-            check_micro_batches(self.config.parallel, num_micro_batches)
             stages = [self._torch_stage(stage) for stage in self.sharded.stages]
             kind = SCHEDULES[self.config.parallel.pp_schedule]
             single = kind in (ScheduleGPipe, Schedule1F1B)

@@ -202,8 +202,7 @@ class Trainer:
         # Data parallelism averages gradients over ranks: undo that, divide by all tokens.
         scale = self.place.data_ranks / max(tokens, 1)
         sums = self.executor.forward_backward(micro_batches, scale)
-        counts = self.place.counts_loss
-        return {n: total.item() / max(tokens, 1) if counts else 0.0 for n, total in sums.items()}
+        return {name: total.item() / max(tokens, 1) for name, total in sums.items()}
 
     def _update(self, norm: float, lr: float) -> None:
         if self.config.optimizer.grad_clip is not None:

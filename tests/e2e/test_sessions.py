@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from e2e_runs import STOP_STEP, held_out, losses, session, status
 from safetensors.torch import load_file
+from small import model_tree
 
 from megarec.conversion.load import load_model
 from megarec.errors import EXIT_PREEMPTED, RunError, UserError
@@ -193,6 +195,30 @@ def test_resume_on_another_world_size(worlds: dict[str, Path], world: str, other
     shutil.copytree(runs / "stopped", runs / "elsewhere")
     assert set(run_ranks(resume_elsewhere, other, str(runs))) == {0}
     assert losses(runs, "elsewhere") == pytest.approx(losses(runs, "golden"), rel=1e-6)
+
+
+def pipeline(rank: int, world_size: int, runs: str) -> list[int]:
+    model = model_tree(num_layers=4)
+    stages = {"pp": 2, "pp_schedule": "interleaved_1f1b"}
+    first = session(Path(runs), "run", model=model, parallel=stages)
+    if rank == 0:
+        shutil.copytree(Path(runs) / "run", Path(runs) / "again")
+    dist.barrier()
+    step = Path(runs) / "again" / "checkpoints" / "step_00000008"
+    return [first, session(Path(runs), "again", model=model, resume=step, force=True)]
+
+
+def one_process(rank: int, world_size: int, runs: str) -> list[int]:
+    return [session(Path(runs), "run", model=model_tree(num_layers=4))]
+
+
+def test_a_pipeline_equals_one_process_and_is_resumed_without(tmp_path: Path) -> None:
+    piped, whole = tmp_path / "piped", tmp_path / "whole"
+    assert run_ranks(pipeline, 2, str(piped), timeout=120) == [[0, 0]] * 2
+    assert run_ranks(one_process, 1, str(whole), timeout=120) == [[0]]
+    for name in ("run", "again"):
+        assert losses(piped, name) == pytest.approx(losses(whole, "run"), rel=1e-5)
+        assert held_out(piped, name)[-1] == pytest.approx(held_out(whole, "run")[-1], rel=1e-5)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -62,6 +62,7 @@ def test_places_follow_the_axes_from_the_outermost() -> None:
     [
         ({"pp": 4}, "= 4 stages, but the 2 layers divide into 2"),
         ({"pp_schedule": "zbv"}, "= 4 stages, but the 2 layers"),
+        ({"activation_checkpointing": "selective", "saved_ops": ["matmull"]}, "matmull: torch"),
         ({"pp": 2, "dp_shard": 4}, "as many micro-batches a step as stages, got 1 for pp=2"),
     ],
 )
@@ -70,6 +71,13 @@ def test_what_does_not_fit_is_refused_by_the_plan(changes: dict[str, Any], messa
     sizes = config.parallel
     with pytest.raises(UserError, match=message):
         plan(config, sizes.pp * max(sizes.dp_shard, 1))
+
+
+def test_a_rank_cannot_shard_a_module_for_two_stages() -> None:
+    tied = model_tree(num_layers=4, head={"tie_embeddings": True})
+    plan(recipe(tied, pp_schedule="interleaved_1f1b"), 2)
+    with pytest.raises(UserError, match=r"zbv: stages \[0, 3\] both need model.embedding"):
+        plan(recipe(tied, pp_schedule="zbv"), 2)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,13 @@ class MixerConfig(Registered):
         """Return the number of tokens of the longest document that fits; None for any length."""
         return None
 
+    def tp_sizes(self) -> dict[str, int] | None:
+        """Return the numbers of heads, groups or channels that tensor parallelism divides, by key.
+
+        Its ranks must divide each. None, the default: the mixer cannot be divided.
+        """
+        return None
+
     @abstractmethod
     def num_params(self, d_model: int) -> int:
         """Return the number of parameters of one mixer."""

@@ -195,6 +195,33 @@ class ModelConfig(StrictModel):
         times = self.stack.times_run(self.num_layers)
         return [block for block, n in zip(self.layers, times, strict=True) for _ in range(int(n))]
 
+    def tp_problems(self, tp: int) -> list[str]:
+        """Say what `tp` ranks cannot divide evenly, one line each; empty when all is well."""
+        problems = []
+        for name in dict.fromkeys(self.pattern):
+            block, sizes = self.blocks[name], {}
+            if block.mixer is not None:
+                of_mixer = block.mixer.tp_sizes()
+                if of_mixer is None:
+                    problems.append(
+                        f"blocks.{name}.mixer: {block.mixer.type} does not say what tensor "
+                        "parallelism may divide (tp_sizes); set parallel.tp=1"
+                    )
+                sizes = {f"mixer.{key}": size for key, size in (of_mixer or {}).items()}
+            if block.ffn is not None:
+                sizes["ffn.d_ff"] = block.ffn.d_ff
+            problems += [
+                f"blocks.{name}.{key}={size}: parallel.tp={tp} does not divide it"
+                for key, size in sizes.items()
+                if size % tp
+            ]
+        if self.vocab_size % tp:
+            problems.append(
+                f"vocab_size={self.vocab_size}: parallel.tp={tp} does not divide it; "
+                f"{-(-self.vocab_size // tp) * tp} does, with ids that no text uses"
+            )
+        return problems
+
     def num_params(self) -> int:
         """Return the number of parameters of the model; tied embeddings count once."""
         embedding = self.vocab_size * self.d_model

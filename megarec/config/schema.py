@@ -157,10 +157,11 @@ SAVED_OPS = (
 class ParallelConfig(StrictModel):
     """The mesh, `pp` x `dp_replicate` x `dp_shard` x `cp` x `tp` processes, and what runs on it.
 
-    Parameters are sharded `dp_shard` ways (-1: what is left) and replicated. `pp` splits the
-    layers into `pp_stages_per_rank` stages a rank, run by `pp_schedule`. `cp` and `tp` are 1: they
-    are not built yet. `reshard_after_forward` frees gathered parameters after the forward pass; by
-    default so, but not in a pipeline, which would gather them for each micro-batch.
+    Parameters are sharded `dp_shard` ways (-1: what is left) and replicated. `tp` divides heads,
+    channels, FFNs and the vocabulary, and the tokens between them. `pp` splits the layers into
+    `pp_stages_per_rank` stages a rank, run by `pp_schedule`. `cp` is 1: it is not built yet.
+    `reshard_after_forward` frees gathered parameters after the forward pass; by default so, but
+    not in a pipeline, which would gather them for each micro-batch.
 
     `activation_checkpointing` recomputes each block (`full`), all of it but the results of
     `saved_ops` (`selective`), or each recurrence of a looped stack as a whole (`recurrence`).
@@ -199,10 +200,8 @@ class ParallelConfig(StrictModel):
         problems = []
         if self.dp_shard == 0:
             problems.append("dp_shard=0: expected a positive number, or -1 for what is left")
-        for axis, what in {"cp": "sequence", "tp": "tensor"}.items():
-            size = getattr(self, axis)
-            if size > 1:
-                problems.append(f"{axis}={size}: {what} parallelism is not built yet; set {axis}=1")
+        if self.cp > 1:
+            problems.append(f"cp={self.cp}: sequence parallelism is not built yet; set cp=1")
         checkpointing = self.activation_checkpointing
         if self.saved_ops != SAVED_OPS and checkpointing != "selective":
             problems.append(
@@ -349,18 +348,26 @@ class Config(StrictModel):
 
     def _parallel_problems(self) -> list[str]:
         """Say what of model, batch and objective does not fit the mesh, one line each."""
-        if self.parallel.pp == 1:
-            return []
-        problems = []
+        tp, problems = self.parallel.tp, []
+        if tp > 1:
+            problems += [f"model.{line}" for line in self.model.tp_problems(tp)]
+            if self.train.seq_len % tp:
+                problems.append(
+                    f"train.seq_len={self.train.seq_len}: parallel.tp={tp} does not divide it; "
+                    "tokens between mixers are spread over the ranks"
+                )
+        if self.parallel.pp == tp == 1:
+            return problems
+        where = "parallel.pp=1 and parallel.tp=1"
         stack = self.model.stack
         if isinstance(stack, LoopedConfig) and stack.halt is not None:
             problems.append(
                 f"model.stack.halt={stack.halt.type}: its losses and logits need all of the "
-                "model; set parallel.pp=1"
+                f"model and of the tokens; set {where}"
             )
         if self.distill is not None:
             problems.append(
-                "distill: student and teacher need all of their layers in one place; set "
-                "parallel.pp=1"
+                "distill: student and teacher need all of their layers and channels in one place; "
+                f"set {where}"
             )
         return problems

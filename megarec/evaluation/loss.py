@@ -74,7 +74,7 @@ def evaluate_loss(
         ctx = Context.from_doc_ids(batch.doc_ids).to(device)
         ctx = replace(ctx, num_recurrences=num_recurrences)
         loss = loss_sum(batch.input_ids.to(device), batch.labels.to(device), ctx)
-        loss_sums[name] += loss.item()
+        loss_sums[name] += loss.item() if place.counts_loss else 0.0
         num_tokens[name] += batch.num_tokens if place.counts_data else 0
     model.train(was_training)
     totals = sum_over_ranks([*loss_sums.values(), *num_tokens.values()])

@@ -40,6 +40,8 @@ class Context:
         num_recurrences: how often to iterate; None as the config says.
         latent: initial latent states (B, T, D), or (B, D) of one token; None as the config says.
         halting: a rule for when to stop iterating; None for the model's own, if any.
+        here: which positions a looped stack iterates on, where ranks divide the tokens between
+            mixers; None: all. All else is of the whole rows.
     """
 
     resets: Tensor | None = None
@@ -48,6 +50,7 @@ class Context:
     num_recurrences: int | None = None
     latent: Tensor | None = None
     halting: "Halting | None" = None
+    here: slice | None = None
 
     @classmethod
     def from_doc_ids(cls, doc_ids: Tensor) -> "Context":

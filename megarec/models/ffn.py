@@ -32,6 +32,10 @@ class FFN(nn.Module):
             hidden = F.gelu(hidden)
         return self.down(hidden)
 
+    def tp_plan(self) -> dict[str, str]:
+        """Split by channels between the layers; see Mixer.tp_plan."""
+        return {"gate.weight": "column", "up.weight": "column", "down.weight": "row"}
+
     def init_weights(self, init: Initializer) -> None:
         """Draw gate and up with std, down with out_std."""
         for linear in (self.gate, self.up):

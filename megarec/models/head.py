@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from megarec_kernels.linear_cross_entropy import linear_cross_entropy
+from megarec_kernels.linear_cross_entropy import VocabularyPart, linear_cross_entropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,11 +22,13 @@ class Head(nn.Module):
     """logits = c * tanh(s x W^T / c), in float32 at least; the loss never holds all of them.
 
     With tied embeddings the head has no weight of its own and is given the embedding's.
+    `vocabulary` says which part of the vocabulary is here, where ranks divide it.
     """
 
     def __init__(self, config: HeadConfig, vocab_size: int, d_model: int) -> None:
         super().__init__()
         self.config = config
+        self.vocabulary: VocabularyPart | None = None
         self.weight = (
             None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, d_model))
         )
@@ -77,6 +79,7 @@ class Head(nn.Module):
             z_loss=self.config.z_loss if self.training else 0.0,
             ignore_index=IGNORE_INDEX,
             chunk_size=self.config.chunk_size,
+            vocabulary=self.vocabulary,
         )
 
     def init_weights(self, init: Initializer) -> None:

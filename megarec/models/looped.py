@@ -1,6 +1,7 @@
 """The looped stack (recurrent depth): prelude, a core that iterates on a latent state, coda."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,8 @@ class Looped(Stack):
         self.core = config.core_blocks
         self.prelude, self.coda = range(self.core.start), range(self.core.stop, num_layers)
         concat, steps = config.inject == "concat", config.num_step_embeddings
-        self.adapter = nn.Linear(2 * d_model, d_model, bias=False) if concat else None
-        self.step_embedding = nn.Embedding(steps, d_model) if steps else None
+        self.adapter = Adapter(d_model) if concat else None
+        self.step_embedding = StepEmbedding(steps, d_model) if steps else None
         self.update = config.update.build(d_model) if config.update is not None else None
         self.halt = config.halt.build(d_model) if config.halt is not None else None
         self.seen = LoopMetrics()
@@ -219,24 +220,21 @@ class Looped(Stack):
 
     def injection(self, e: Tensor, position: Tensor) -> Inject:
         """Return what makes the core's input; what does not change with s is computed here."""
-        D, adapter = e.shape[-1], self.adapter
-        if adapter is not None:
-            fixed: Tensor | None = F.linear(e, adapter.weight[:, D:])
-        else:
-            fixed = e if self.config.inject == "add" else None
+        fixed = e if self.config.inject == "add" else None
+        if self.adapter is not None:
+            fixed = self.adapter(e, "input")
         if self.config.step_signal == "sinusoid":
-            wave = sinusoid(position, D).to(e.dtype)
+            wave = sinusoid(position, e.shape[-1]).to(e.dtype)
             fixed = wave if fixed is None else fixed + wave
 
         def inject(i: int | Tensor, latent: Tensor) -> Tensor:
-            u = latent if adapter is None else F.linear(latent, adapter.weight[:, :D])
+            u = latent if self.adapter is None else self.adapter(latent, "latent")
             u = u if fixed is None else u + fixed
             if self.step_embedding is not None:
-                last = self.step_embedding.num_embeddings - 1
-                step = min(i, last) if isinstance(i, int) else i.clamp(max=last)
-                u = u + self.step_embedding.weight[step]
+                u = u + self.step_embedding(i)
             elif self.config.step_signal == "sinusoid":
-                u = u + sinusoid(torch.as_tensor(i + 1, device=u.device), D).to(u.dtype)
+                number = torch.as_tensor(i + 1, device=u.device)
+                u = u + sinusoid(number, u.shape[-1]).to(u.dtype)
             return u
 
         return inject
@@ -288,6 +286,27 @@ class Looped(Stack):
         return self.seen.take()
 
 
+class Adapter(nn.Linear):
+    """A linear map of [s; e], (D, 2 D), that takes the two apart: e's share is computed once."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(2 * d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor, half: Literal["latent", "input"]) -> Tensor:  # type: ignore[override]
+        """Map s or e, (..., D), by its columns of the weight."""
+        D = self.out_features
+        return F.linear(x, self.weight[:, :D] if half == "latent" else self.weight[:, D:])
+
+
+class StepEmbedding(nn.Embedding):
+    """A vector for each recurrence; the last one serves those beyond it too."""
+
+    def forward(self, i: int | Tensor) -> Tensor:  # type: ignore[override]
+        """Return the vector (D,) of recurrence i, or those (..., D) of each."""
+        last = self.num_embeddings - 1
+        return self.weight[min(i, last) if isinstance(i, int) else i.clamp(max=last)]
+
+
 def sinusoid(number: Tensor, d_model: int) -> Tensor:
     """Return sin and cos of whole numbers (...), alternating over d_model channels: (..., d_model).
 
@@ -305,7 +324,11 @@ def next_positions(x: Tensor, ctx: Context, state: State | None) -> Tensor:
         first_B = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     else:
         first_B = state[POSITION]
-    return first_B if x.dim() == 2 else positions(x.shape[1], ctx.resets, first_B)
+    if x.dim() == 2:
+        return first_B
+    here = ctx.here or slice(0, x.shape[1])
+    resets = None if ctx.resets is None else ctx.resets[:, : here.stop]
+    return positions(here.stop, resets, first_B)[:, here]
 
 
 def _common(blocks: range, layers: range | None) -> range:

@@ -66,7 +66,11 @@ class Mixer(nn.Module):
 
     @abstractmethod
     def tp_plan(self) -> dict[str, str]:
-        """Return {parameter glob: column | row | head | replicate} for tensor parallelism."""
+        """Return {parameter glob: column | row | head | replicate} for tensor parallelism.
+
+        A rank has whole heads: its part of the first dim of `column` and `head` parameters and of
+        the last dim of `row` ones. The outputs of the parts add up to that of the whole.
+        """
 
     @abstractmethod
     def hf_names(self) -> dict[str, str]:

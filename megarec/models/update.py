@@ -81,19 +81,28 @@ class Gated(Update):
     def __init__(self, config: GatedConfig, d_model: int) -> None:
         super().__init__()
         self.initial_bias = config.bias
-        self.gate = nn.Linear(2 * d_model, d_model)
+        self.gate = WideBias(2 * d_model, d_model)
 
     def forward(self, new: Tensor, old: Tensor) -> Tensor:
         """Mix the two; see Update."""
         dtype = torch.promote_types(new.dtype, torch.float32)
-        raw = F.linear(torch.cat([new, old], -1), self.gate.weight).to(dtype)
-        z = torch.sigmoid(raw + self.gate.bias.to(dtype))
+        z = torch.sigmoid(self.gate(torch.cat([new, old], -1)))
         return torch.lerp(old.to(dtype), new.to(dtype), z).to(new.dtype)
 
     def init_weights(self, init: Initializer) -> None:
         """Draw W with std; see Update."""
         init.normal(self.gate.weight, init.std)
         init.constant(self.gate.bias, self.initial_bias)
+
+
+class WideBias(nn.Linear):
+    """A linear map whose bias is added in float32 at least."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in) to (..., out), float32 at least."""
+        y = F.linear(x, self.weight)
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        return y.to(dtype) + self.bias.to(dtype)
 
 
 class NormedConfig(UpdateConfig):

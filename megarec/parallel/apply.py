@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement
 
 from megarec.config.model import ModelConfig
 from megarec.config.schema import Config, ParallelConfig
@@ -18,6 +18,7 @@ from megarec.optim.build import freeze
 from megarec.parallel.mesh import data_mesh
 from megarec.parallel.pipeline import Stage, shared_modules, split
 from megarec.parallel.stages import parts, rank_of
+from megarec.parallel.tensor import split_tensors
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ class Sharded:
 def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) -> Sharded:
     """Build what this rank holds of the model; no rank ever holds the whole of it.
 
-    In order: on meta, freeze, split for the pipeline, recompute, shard; then initialise. The
-    weights depend on the seed alone, not on the mesh.
+    In order: on meta, freeze, split for the pipeline, divide tensors, recompute, shard; then
+    initialise. The weights depend on the seed alone, not on the mesh.
     Raises UserError for a learning-rate scale that matches no parameter.
     """
     with torch.device("meta"):
         model = Backbone(config.model)
     freeze(model, config.optimizer)
     stages = split(model, config, mesh)
+    split_tensors(model, mesh)
     recompute(model, config.parallel)
     shard(model, config, mesh, stages)
     model.to_empty(device=device)
@@ -165,11 +167,22 @@ def release_core(model: Backbone, config: Config) -> None:
 
 def assign_shard(parameter: Tensor, whole: Tensor) -> None:
     """Write this rank's shard of a whole tensor that every rank has drawn alike."""
-    if isinstance(parameter, DTensor):
-        whole = distribute_tensor(
-            whole.to(parameter.device),
-            parameter.device_mesh,
-            parameter.placements,
-            src_data_rank=None,
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(whole)
+        return
+    mesh = parameter.device_mesh
+    # From the innermost axis: tensor parallelism cuts first, FSDP its part.
+    for axis in reversed(range(mesh.ndim)):
+        whole = _piece(
+            whole, parameter.placements[axis], mesh.size(axis), mesh.get_local_rank(axis)
         )
-    parameter.copy_(whole)
+    parameter.to_local().copy_(whole)
+
+
+def _piece(x: Tensor, placement: Placement, size: int, rank: int) -> Tensor:
+    if placement.is_replicate():
+        return x
+    dim: int = placement.dim  # type: ignore[attr-defined]
+    pieces = x.chunk(size, dim)
+    # Of an uneven tensor the last ranks may have nothing.
+    return pieces[rank] if rank < len(pieces) else x.narrow(dim, 0, 0)

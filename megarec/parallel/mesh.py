@@ -21,19 +21,26 @@ class Place:
         data_rank: which part of a batch it reads; ranks of one data rank read the same.
         data_ranks: number of parts.
         pp_rank: its place in the pipeline.
+        tp_rank: its place among those that divide heads, vocabulary and tokens.
     """
 
     data_rank: int
     data_ranks: int
     pp_rank: int
+    tp_rank: int
 
     @property
     def counts_data(self) -> bool:
         """Whether this rank's data count in sums over all ranks: each data rank counts once."""
-        return self.pp_rank == 0
+        return self.pp_rank == self.tp_rank == 0
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether the loss that this rank finds counts: those who divide tensors find the same."""
+        return self.tp_rank == 0
 
 
-ALONE = Place(data_rank=0, data_ranks=1, pp_rank=0)
+ALONE = Place(data_rank=0, data_ranks=1, pp_rank=0, tp_rank=0)
 """The place of a process without others."""
 
 
@@ -68,7 +75,7 @@ def place(config: ParallelConfig, rank: int, world_size: int) -> Place:
         rank, at[axis] = divmod(rank, sizes[axis])
     data_rank = at["dp_replicate"] * sizes["dp_shard"] + at["dp_shard"]
     data_ranks = sizes["dp_replicate"] * sizes["dp_shard"]
-    return Place(data_rank, data_ranks, at["pp"])
+    return Place(data_rank, data_ranks, at["pp"], at["tp"])
 
 
 def build_mesh(config: ParallelConfig, world_size: int, device_type: str) -> DeviceMesh:

@@ -42,8 +42,8 @@ class Executor(ABC):
     def forward_backward(self, batches: Sequence[MicroBatch], scale: float) -> dict[str, Tensor]:
         """Accumulate the gradients of `scale` times the summed loss of all micro-batches.
 
-        Returns the sums of the `loss` and of the objective's terms, float64 scalars; of a pipeline
-        only ranks with its last stage have any.
+        Returns the sums of the `loss` and of the objective's terms, float64 scalars. Of a pipeline
+        only ranks with its last stage have any; ranks that divide tensors all have the same.
         """
 
     @abstractmethod
@@ -129,8 +129,9 @@ class Pipelined(Executor):
     def _boundary(self, batch_size: int, num_tokens: int) -> Tensor:
         """Return an empty tensor like what goes from stage to stage."""
         dtype = getattr(torch, self.config.precision.compute)
+        here = num_tokens // self.config.parallel.tp
         return torch.empty(
-            batch_size, num_tokens, self.config.model.d_model, dtype=dtype, device=self.device
+            batch_size, here, self.config.model.d_model, dtype=dtype, device=self.device
         )
 
     def _schedule(self, num_micro_batches: int) -> Any:

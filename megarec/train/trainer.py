@@ -202,7 +202,8 @@ class Trainer:
         # Data parallelism averages gradients over ranks: undo that, divide by all tokens.
         scale = self.place.data_ranks / max(tokens, 1)
         sums = self.executor.forward_backward(micro_batches, scale)
-        return {name: total.item() / max(tokens, 1) for name, total in sums.items()}
+        counts = self.place.counts_loss
+        return {name: counts * total.item() / max(tokens, 1) for name, total in sums.items()}
 
     def _update(self, norm: float, lr: float) -> None:
         if self.config.optimizer.grad_clip is not None:

@@ -6,8 +6,9 @@ from torch import Tensor
 from megarec_kernels.dispatch import choose_backend
 from megarec_kernels.linear_cross_entropy.eager import linear_cross_entropy_eager
 from megarec_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from megarec_kernels.linear_cross_entropy.vocabulary import VocabularyPart
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["VocabularyPart", "linear_cross_entropy"]
 
 FORMS = {"reference": linear_cross_entropy_reference, "eager": linear_cross_entropy_eager}
 
@@ -22,6 +23,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     chunk_size: int = 2048,
+    vocabulary: VocabularyPart | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Return the sum over labels of w (logsumexp(z) - z[label] + z_loss * logsumexp(z)^2).
@@ -41,6 +43,9 @@ def linear_cross_entropy(
         ignore_index: Label of the tokens that count for nothing. If all do, loss and gradients
             are 0.
         chunk_size: Tokens whose logits are held at once.
+        vocabulary: Where ranks divide the vocabulary, this rank's part: ``weight`` has its rows,
+            labels are of all. Each rank returns the whole loss; the gradient of x is what its
+            rows add to it, and has yet to be added up over the ranks.
         backend: "auto", "reference" (holds all logits) or "eager"; MEGAREC_KERNELS overrides it.
 
     Returns:
@@ -59,6 +64,7 @@ def linear_cross_entropy(
         z_loss=z_loss,
         ignore_index=ignore_index,
         chunk_size=chunk_size,
+        vocabulary=vocabulary,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarec_kernels.linear_cross_entropy.vocabulary import VocabularyPart
 from megarec_kernels.saved_gradients import save_gradients, scaled_gradients
 
 
@@ -19,11 +20,21 @@ def linear_cross_entropy_eager(
     z_loss: float,
     ignore_index: int,
     chunk_size: int,
+    vocabulary: VocabularyPart | None = None,
 ) -> Tensor:
     """Return the loss sum; arguments as in linear_cross_entropy."""
     with_grad = torch.is_grad_enabled()
     return _chunked(
-        x_ND, weight_VD, weights_N, labels_N, soft_cap, z_loss, ignore_index, chunk_size, with_grad
+        x_ND,
+        weight_VD,
+        weights_N,
+        labels_N,
+        soft_cap,
+        z_loss,
+        ignore_index,
+        chunk_size,
+        vocabulary,
+        with_grad,
     )
 
 
@@ -41,6 +52,7 @@ class _Chunked(torch.autograd.Function):
         z_loss: float,
         ignore_index: int,
         chunk_size: int,
+        vocabulary: VocabularyPart | None,
         with_grad: bool,
     ) -> Tensor:
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
@@ -55,7 +67,11 @@ class _Chunked(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             x_CD, labels_C1 = x_ND[rows], labels_N[rows, None]
             kept_C1 = labels_C1 != ignore_index
-            labels_C1 = labels_C1.where(kept_C1, 0)
+            here_C1 = kept_C1
+            if vocabulary is not None:
+                labels_C1 = labels_C1 - vocabulary.first
+                here_C1 = kept_C1 & (labels_C1 >= 0) & (labels_C1 < weight_VD.shape[0])
+            labels_C1 = labels_C1.where(here_C1, 0)
 
             logits_CV = (x_CD @ weight_VD.T).to(dtype)
             tanh_CV = None
@@ -65,8 +81,13 @@ class _Chunked(torch.autograd.Function):
                 logits_CV = tanh_CV * soft_cap
             max_C1 = logits_CV.amax(-1, keepdim=True)
             label_logits_C1 = logits_CV.gather(1, labels_C1)
+            if vocabulary is not None:
+                max_C1 = vocabulary.largest(max_C1)
             exp_CV = logits_CV.sub_(max_C1).exp_()
             sum_C1 = exp_CV.sum(-1, keepdim=True)
+            if vocabulary is not None:
+                label_logits_C1.masked_fill_(~here_C1, 0)
+                sum_C1, label_logits_C1 = vocabulary.add(torch.stack([sum_C1, label_logits_C1]))
             lse_C1 = max_C1 + sum_C1.log()
             loss_C1 = lse_C1 - label_logits_C1 + z_loss * lse_C1.square()
             loss_C1.masked_fill_(~kept_C1, 0)
@@ -81,7 +102,7 @@ class _Chunked(torch.autograd.Function):
                 continue
 
             dlogits_CV = exp_CV.mul_((1 + 2 * z_loss * lse_C1) * scale_C1 / sum_C1)
-            dlogits_CV.scatter_add_(1, labels_C1, -scale_C1.to(dtype))
+            dlogits_CV.scatter_add_(1, labels_C1, -(here_C1 * scale_C1).to(dtype))
             if tanh_CV is not None:
                 dlogits_CV.mul_(tanh_CV.square_().neg_().add_(1))
             dlogits_CV = dlogits_CV.to(x_ND.dtype)
@@ -95,7 +116,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *scaled_gradients(ctx, dloss), *[None] * 6
+        return *scaled_gradients(ctx, dloss), *[None] * 7
 
 
 _chunked: Callable[..., Tensor] = _Chunked.apply

@@ -68,6 +68,10 @@ class AttentionConfig(MixerConfig):
             )
         return problems
 
+    def tp_sizes(self) -> dict[str, int]:
+        """Heads of queries, and of keys and values."""
+        return {"num_heads": self.num_heads, "num_kv_heads": self.kv_heads()}
+
     def longest_document(self) -> int:
         """Return what the cache is meant for."""
         return self.max_seq_len

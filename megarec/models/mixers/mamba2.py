@@ -72,6 +72,10 @@ class Mamba2Config(MixerConfig):
                 problems.append(f"{key}={[low, high]}: expected a range, the lower bound first")
         return problems
 
+    def tp_sizes(self) -> dict[str, int]:
+        """Heads, and the groups that share B, C and the norm's statistics."""
+        return {"num_heads": self.num_heads, "num_groups": self.num_groups}
+
     def num_params(self, d_model: int) -> int:
         """Count z, x, B, C, dt; the convolution; A, D and dt's bias; norm and out projection."""
         conv = sum(self.stream_widths().values())

@@ -60,6 +60,10 @@ class MLSTMConfig(MixerConfig):
             if width == 0 or width % self.num_heads
         ]
 
+    def tp_sizes(self) -> dict[str, int]:
+        """Heads."""
+        return {"num_heads": self.num_heads}
+
     def num_params(self, d_model: int) -> int:
         """Count q, k; v, output gate, out projection; the two gates; the norm."""
         qk, v = self.qk_dim(d_model), self.v_dim(d_model)

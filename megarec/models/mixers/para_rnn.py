@@ -58,6 +58,10 @@ class NewtonMixerConfig(MixerConfig):
             problems.append(f"cell: {error}")
         return problems
 
+    def tp_sizes(self) -> dict[str, int]:
+        """Heads: channels meet only inside of one."""
+        return {"num_heads": self.num_heads}
+
     def num_params(self, d_model: int) -> int:
         """Count x, z, out projection; input map and its bias; recurrence, convolution, norm."""
         inputs = self.cell.num_inputs
@@ -223,12 +227,12 @@ class NewtonMixer(Mixer):
         }
 
     def tp_plan(self) -> dict[str, str]:
-        """Split by channels, head by head: projections by column, the out projection by row."""
+        """Split by channels, head by head; they are the last dim of the recurrence's parameters."""
         return {
             "[xz].weight": "column",
             "conv.*": "head",
             "input_map": "head",
-            "recurrence.*": "head",
+            "recurrence.*": "row",
             "norm.weight": "head",
             "out_proj.weight": "row",
         }

@@ -301,7 +301,7 @@ class Adapter(nn.Linear):
 class StepEmbedding(nn.Embedding):
     """A vector for each recurrence; the last one serves those beyond it too."""
 
-    def forward(self, i: int | Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, i: int | Tensor) -> Tensor:
         """Return the vector (D,) of recurrence i, or those (..., D) of each."""
         last = self.num_embeddings - 1
         return self.weight[min(i, last) if isinstance(i, int) else i.clamp(max=last)]

@@ -121,7 +121,10 @@ def shard(model: Backbone, config: Config, mesh: DeviceMesh, stages: Sequence[St
 
     def unit(modules: list[nn.Module], dtype: torch.dtype, reshard_after_forward: bool) -> None:
         policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            # Parameters in the compute dtype already are not cast, whatever it is.
+            param_dtype=None if dtype == torch.float32 else dtype,
+            reduce_dtype=None if dtype == torch.float32 else torch.float32,
+            cast_forward_inputs=False,
         )
         fully_shard(
             modules,

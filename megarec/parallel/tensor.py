@@ -123,7 +123,7 @@ def _show_parts(module: nn.Module) -> None:
     def show(*_: Any) -> None:
         for holder, name in _own_parameters(module):
             # What lies in __dict__ is found first.
-            holder.__dict__[name] = _part(holder._parameters[name])
+            holder.__dict__[name] = _part(holder.get_parameter(name))
 
     def hide(*_: Any) -> None:
         for holder, name in _own_parameters(module):

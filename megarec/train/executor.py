@@ -90,6 +90,7 @@ class Pipelined(Executor):
         self.group = sharded.mesh["pp"].get_group()
         self.num_stages = config.parallel.pp * config.parallel.stages_per_rank
         self.copies = sharded.copies()
+        self.dtype = next(sharded.model.parameters()).dtype
         self.scale = 1.0
         self._schedules: dict[int, Any] = {}
 
@@ -128,7 +129,9 @@ class Pipelined(Executor):
 
     def _boundary(self, batch_size: int, num_tokens: int) -> Tensor:
         """Return an empty tensor like what goes from stage to stage."""
-        dtype = getattr(torch, self.config.precision.compute)
+        compute = getattr(torch, self.config.precision.compute)
+        # Without mixed precision activations are what parameters are.
+        dtype = self.dtype if compute == torch.float32 else compute
         here = num_tokens // self.config.parallel.tp
         return torch.empty(
             batch_size, here, self.config.model.d_model, dtype=dtype, device=self.device

@@ -1,18 +1,19 @@
 """A few optimizer steps of tiny models on any mesh, to be compared with one process."""
 
+from collections.abc import Iterable
 from typing import Any
 
-import pytest
 import torch
 from looped_models import POISSON, looped_tree
 from small import layers_tree, model_tree, run_config
 
-from megarec.config.schema import Config
+from megarec.checkpoint.dcp import training_tensors
 from megarec.models.context import Context, Draw
 from megarec.optim.build import build_optimizer, set_learning_rate
 from megarec.optim.clip import gradient_norm
-from megarec.parallel.apply import Sharded, build_sharded_model
+from megarec.parallel.apply import build_sharded_model
 from megarec.parallel.mesh import build_mesh, place
+from megarec.testing.distributed import run_ranks
 from megarec.train.executor import Direct, Executor, MicroBatch, Pipelined
 from megarec.train.objective import next_token
 
@@ -34,21 +35,73 @@ MODELS: dict[str, dict[str, Any]] = {
     "hybrid": layers_tree(MAMBA, ATTENTION, MAMBA, MAMBA, MAMBA, **EVEN),
     "para_gru": layers_tree(*[{"type": "para_gru"}] * 3, **EVEN),
 }
-Cases = dict[str, tuple[str, dict[str, Any]]]
-"""Name -> name of a model, and the section `parallel`; without `dp_shard` that takes the rest."""
+Parallel = dict[str, Any]
+"""The section `parallel`; without `dp_shard` that takes the ranks that are left."""
+
+Cases = dict[str, tuple[str, Parallel]]
+"""Name -> a model's name, and its mesh."""
+
+PRECISIONS = ("float32", "float64", "bfloat16")
 
 
-def recipe(model: str, parallel: dict[str, Any]) -> Config:
-    train = {"steps": 12, "seq_len": TOKENS, "global_batch_size": ROWS, "micro_batch_size": 2}
-    return run_config(model=MODELS[model], parallel=parallel, train=train)
+class Run:
+    """A model on a mesh, with its optimizer; `precision` is one of PRECISIONS.
 
+    In float64 nothing hides behind rounding: any two layouts agree to some 1e-15.
+    """
 
-def build(config: Config, world_size: int) -> tuple[Sharded, Executor, torch.optim.Optimizer]:
-    sharded = build_sharded_model(config, build_mesh(config.parallel, world_size, "cpu"), CPU)
-    executor: Executor = (
-        Pipelined(sharded, config, CPU) if sharded.stages else Direct(sharded, config, next_token)
-    )
-    return sharded, executor, build_optimizer(sharded.model, config.optimizer)
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        model: str,
+        parallel: Parallel,
+        precision: str = "float32",
+    ) -> None:
+        torch.set_default_dtype(torch.float64 if precision == "float64" else torch.float32)
+        train = {"steps": 12, "seq_len": TOKENS, "global_batch_size": ROWS, "micro_batch_size": 2}
+        compute = {"compute": "bfloat16" if precision == "bfloat16" else "float32"}
+        config = run_config(model=MODELS[model], parallel=parallel, train=train, precision=compute)
+        self.at = place(config.parallel, rank, world_size)
+        mesh = build_mesh(config.parallel, world_size, "cpu")
+        self.sharded = build_sharded_model(config, mesh, CPU)
+        self.executor: Executor = (
+            Pipelined(self.sharded, config, CPU)
+            if self.sharded.stages
+            else Direct(self.sharded, config, next_token)
+        )
+        self.optimizer = build_optimizer(self.sharded.model, config.optimizer)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint has of it."""
+        return training_tensors(self.sharded.model, self.optimizer)
+
+    def gradients(self, step: int) -> float:
+        """Accumulate the gradients of a step; returns this rank's part of the summed loss."""
+        share = ROWS // self.at.data_ranks
+        first = share * self.at.data_rank
+        batches = [rows(step, [i, i + 1]) for i in range(first, first + share, 2)]
+        scale = self.at.data_ranks / (ROWS * TOKENS)
+        sums = self.executor.forward_backward(batches, scale)
+        return sums["loss"].item() * self.at.counts_loss
+
+    def step(self, step: int) -> tuple[float, float]:
+        """Make an optimizer step; returns this rank's part of the loss, and the gradient norm."""
+        self.sharded.model.train()
+        loss = self.gradients(step)
+        norm = gradient_norm(self.sharded.model, self.sharded.twins).item()
+        set_learning_rate(self.optimizer, 1e-3)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def held_out_loss(self) -> float:
+        """This rank's part of the summed loss of rows that are each data rank's own."""
+        self.sharded.model.eval()
+        first = ROWS // self.at.data_ranks * self.at.data_rank
+        batch = rows(STEPS, [first, first + 1])
+        loss = self.executor.loss_sum(batch.input_ids, batch.labels, batch.ctx)
+        return loss.item() * self.at.counts_loss
 
 
 def rows(step: int, samples: list[int]) -> MicroBatch:
@@ -65,50 +118,30 @@ def rows(step: int, samples: list[int]) -> MicroBatch:
     return MicroBatch(ids, ids.roll(-1, 1), ctx)
 
 
-def train(rank: int, world_size: int, cases: Cases) -> dict[str, Any]:
-    """Loss and gradient norm of each step, and a held-out loss: this rank's part of them."""
-    results: dict[str, Any] = {}
+def train(
+    rank: int, world_size: int, cases: Cases, precision: str = "float32"
+) -> dict[str, dict[str, Any]]:
+    """Case -> loss and gradient norm of each `steps`, and a held-out loss, `valid`."""
+    results = {}
     for name, (model, parallel) in cases.items():
-        config = recipe(model, parallel)
-        sharded, executor, optimizer = build(config, world_size)
-        at = place(config.parallel, rank, world_size)
-        size, share = config.train.micro_batch_size, ROWS // at.data_ranks
-        first, found = share * at.data_rank, []
-        sharded.model.train()
-        for step in range(STEPS):
-            batches = [
-                rows(step, list(range(i, i + size))) for i in range(first, first + share, size)
-            ]
-            sums = executor.forward_backward(batches, at.data_ranks / (ROWS * TOKENS))
-            norm = gradient_norm(sharded.model, sharded.twins).item()
-            found.append((sums["loss"].item() * at.counts_loss, norm))
-            set_learning_rate(optimizer, 1e-3)
-            optimizer.step()
-            optimizer.zero_grad()
-        sharded.model.eval()
-        held_out = rows(STEPS, list(range(first, first + 2)))
-        loss = executor.loss_sum(held_out.input_ids, held_out.labels, held_out.ctx)
-        results[name] = {"steps": found, "valid": loss.item() * at.counts_loss}
+        run = Run(rank, world_size, model, parallel, precision)
+        results[name] = {
+            "steps": [run.step(step) for step in range(STEPS)],
+            "valid": run.held_out_loss(),
+        }
     return results
 
 
-def assert_equal(ranks: list[dict[str, Any]], expected: dict[str, Any], name: str) -> None:
-    for step, (loss, norm) in enumerate(expected[name]["steps"]):
-        tolerance = 1e-6 if step == 0 else 1e-5
-        ours = [rank[name]["steps"][step] for rank in ranks]
-        assert sum(part for part, _ in ours) == pytest.approx(loss, rel=tolerance)
-        assert [norm for _, norm in ours] == pytest.approx([norm] * len(ours), rel=tolerance)
+def train_alone(models: Iterable[str], precision: str = "float32") -> dict[str, Any]:
+    """Model -> what one process finds."""
+    cases = {model: (model, {}) for model in models}
+    return run_ranks(train, 1, cases, precision)[0]
 
 
-def errors(ranks: list[dict[str, Any]], expected: dict[str, Any], name: str) -> list[float]:
-    """The largest relative errors: loss and norm of the first step, and of all."""
+def errors(ours: list[dict[str, Any]], alone: dict[str, Any]) -> list[float]:
+    """The largest relative error of each step, of loss and gradient norm on any rank."""
     found = []
-    for step, (loss, norm) in enumerate(expected[name]["steps"]):
-        ours = [rank[name]["steps"][step] for rank in ranks]
-        found.append(
-            (
-                abs(sum(part for part, _ in ours) / loss - 1),
-                max(abs(n / norm - 1) for _, n in ours),
-            )
-        )
-    return [*found[0], max(a for a, _ in found), max(b for _, b in found)]
+    for step, (loss, norm) in enumerate(alone["steps"]):
+        losses, norms = zip(*[rank["steps"][step] for rank in ours], strict=True)
+        found.append(max(abs(sum(losses) / loss - 1), *[abs(n / norm - 1) for n in norms]))
+    return found

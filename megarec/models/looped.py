@@ -292,7 +292,9 @@ class Adapter(nn.Linear):
     def __init__(self, d_model: int) -> None:
         super().__init__(2 * d_model, d_model, bias=False)
 
-    def forward(self, x: Tensor, half: Literal["latent", "input"]) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, half: Literal["latent", "input"]
+    ) -> Tensor:
         """Map s or e, (..., D), by its columns of the weight."""
         D = self.out_features
         return F.linear(x, self.weight[:, :D] if half == "latent" else self.weight[:, D:])

@@ -62,20 +62,16 @@ def layout(model: Backbone) -> dict[str, Placement]:
         for kind, branch in {"mixer": block.mixer, "ffn": block.ffn}.items():
             styles = {} if branch is None else branch.tp_plan()
             plan |= {f"blocks.{i}.{kind}.{glob}": style for glob, style in styles.items()}
-    return {
-        name: _placement(_style(name, plan), parameter)
-        for name, parameter in model.named_parameters()
-    }
+    dims = {name: divided_dim(name, p, plan) for name, p in model.named_parameters()}
+    return {name: Replicate() if dim is None else Shard(dim) for name, dim in dims.items()}
 
 
-def _style(name: str, plan: dict[str, str]) -> str:
-    return next((style for glob, style in plan.items() if fnmatchcase(name, glob)), "replicate")
-
-
-def _placement(style: str, parameter: Tensor) -> Placement:
+def divided_dim(name: str, parameter: Tensor, plan: dict[str, str]) -> int | None:
+    """Return along which dim a `tp_plan` divides a parameter; None where each rank has all."""
+    style = next((style for glob, style in plan.items() if fnmatchcase(name, glob)), "replicate")
     if style == "replicate":
-        return Replicate()
-    return Shard(parameter.ndim - 1 if style == "row" else 0)
+        return None
+    return parameter.ndim - 1 if style == "row" else 0
 
 
 def _distributed(parameter: nn.Parameter, tp: DeviceMesh, placement: Placement) -> nn.Parameter:

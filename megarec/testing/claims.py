@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +19,8 @@ from megarec.errors import UserError
 from megarec.models.backbone import Backbone, build_model
 from megarec.models.context import Context
 from megarec.models.mixer import Mixer
-from megarec.testing.case import NUM_TOKENS, Case, close, kernels, require
+from megarec.parallel.tensor import divided_dim
+from megarec.testing.case import NUM_ROWS, NUM_TOKENS, Case, close, kernels, require
 
 PLAN_STYLES = ("column", "row", "head", "replicate")
 FLOP_LENGTHS = (8, 32)
@@ -140,6 +142,32 @@ def declarations(case: Case) -> None:
         for name in mixer.float32_modules:
             kept = name in modules and any(True for _ in modules[name].parameters())
             require(kept, f"{kind}.float32_modules: no module with parameters is called '{name}'")
+
+
+@torch.no_grad()
+def division(case: Case) -> None:
+    """What two ranks of tensor parallelism make of a mixer, by `tp_plan`, adds up to the whole.
+
+    A mixer whose `tp_sizes` are None, or that two do not divide, is left out.
+    """
+    layers = zip(case.model().double().layers(), case.config.layers, strict=True)
+    for (_, block), config in layers:
+        mixer, sizes = block.mixer, None if config.mixer is None else config.mixer.tp_sizes()
+        if mixer is None or sizes is None or any(size % 2 for size in sizes.values()):
+            continue
+        generator = torch.Generator().manual_seed(0)
+        shape = NUM_ROWS, NUM_TOKENS, case.config.d_model
+        x_BTD = torch.randn(shape, dtype=torch.float64, generator=generator)
+        whole, _ = mixer(x_BTD, case.packed())
+        parts = torch.zeros_like(whole)
+        for rank in range(2):
+            parameters = {
+                name: p if dim is None else p.chunk(2, dim)[rank]
+                for name, p in mixer.named_parameters()
+                for dim in [divided_dim(name, p, mixer.tp_plan())]
+            }
+            parts += functional_call(mixer, parameters, (x_BTD, case.packed()))[0]
+        case.close(f"{type(mixer).__name__}: the sum of two parts", parts, whole, 1e-10)
 
 
 def seeds(case: Case) -> None:

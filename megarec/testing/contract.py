@@ -39,6 +39,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         claims.sizes,
         claims.flops,
         claims.declarations,
+        claims.division,
         claims.seeds,
         claims.checkpoint,
         claims.export,

@@ -35,6 +35,10 @@ class RetentionConfig(MixerConfig):
             return []
         return [f"num_heads={self.num_heads} does not divide d_model={d_model}"]
 
+    def tp_sizes(self) -> dict[str, int]:
+        """Heads."""
+        return {"num_heads": self.num_heads}
+
     def num_params(self, d_model: int) -> int:
         """Count q, k; v, gate, out projection; the norm; the decays."""
         v = self.v_dim_factor * d_model

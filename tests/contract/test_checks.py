@@ -64,6 +64,11 @@ def differs_each_time(
     return y * (1 + 1e-3 * self.num_calls), state
 
 
+def adds_input(self: Retention, x: Tensor, ctx: Context, state: State | None = None) -> Output:
+    y, state = forward(self, x, ctx, state)
+    return y + x, state
+
+
 def narrow_memory(self: Retention, x: Tensor, ctx: Context, state: State | None = None) -> Output:
     y, state = forward(self, x, ctx, state)
     return y, {"C": state["C"].to(x.dtype)}
@@ -93,6 +98,7 @@ DEFECTS: dict[str, tuple[object, str, object]] = {
     "sizes": (RetentionConfig, "num_params", lambda self, d_model: num_params(self, d_model) + 1),
     "flops": (RetentionConfig, "flops_per_token", lambda self, d_model, seq_len: 6.0 * d_model),
     "declarations": (Retention, "tp_plan", lambda self: {"*.weight": "row"}),
+    "division": (Retention, "forward", adds_input),
     "seeds": (Retention, "init_weights", all_alike),
     "checkpoint": ("megarec.checkpoint.dcp", "read", lambda folder, tensors: None),
     "export": ("megarec.conversion", "export_hf", half_refused),

@@ -121,9 +121,10 @@ def find_ops(names: Iterable[str]) -> frozenset[OpOverload]:
 
 
 def _keep(saved: frozenset[OpOverload], _: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
-    # An op with a backward of its own runs without autograd. It is computed again as a whole:
-    # what its matmuls give is large, and may be written over.
-    if op in saved and torch.is_grad_enabled():
+    # An op with a backward of its own runs without autograd. It is computed again as a whole: what
+    # its matmuls give is large, and may be written over. What ranks have sent stays as it is.
+    is_collective = op.namespace == "_c10d_functional"
+    if op in saved and (is_collective or torch.is_grad_enabled()):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

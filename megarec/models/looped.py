@@ -1,7 +1,6 @@
 """The looped stack (recurrent depth): prelude, a core that iterates on a latent state, coda."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -222,13 +221,13 @@ class Looped(Stack):
         """Return what makes the core's input; what does not change with s is computed here."""
         fixed = e if self.config.inject == "add" else None
         if self.adapter is not None:
-            fixed = self.adapter(e, "input")
+            fixed = self.adapter(e, slice(e.shape[-1], None))
         if self.config.step_signal == "sinusoid":
             wave = sinusoid(position, e.shape[-1]).to(e.dtype)
             fixed = wave if fixed is None else fixed + wave
 
         def inject(i: int | Tensor, latent: Tensor) -> Tensor:
-            u = latent if self.adapter is None else self.adapter(latent, "latent")
+            u = latent if self.adapter is None else self.adapter(latent, slice(latent.shape[-1]))
             u = u if fixed is None else u + fixed
             if self.step_embedding is not None:
                 u = u + self.step_embedding(i)
@@ -287,17 +286,14 @@ class Looped(Stack):
 
 
 class Adapter(nn.Linear):
-    """A linear map of [s; e], (D, 2 D), that takes the two apart: e's share is computed once."""
+    """A linear map of [s; e] that takes the two apart, so that e's share is computed once."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__(2 * d_model, d_model, bias=False)
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, half: Literal["latent", "input"]
-    ) -> Tensor:
-        """Map s or e, (..., D), by its columns of the weight."""
-        D = self.out_features
-        return F.linear(x, self.weight[:, :D] if half == "latent" else self.weight[:, D:])
+    def forward(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Map some columns of [s; e], by default all, (..., columns) -> (..., D)."""
+        return F.linear(x, self.weight[:, columns])
 
 
 class StepEmbedding(nn.Embedding):

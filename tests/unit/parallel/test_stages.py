@@ -83,7 +83,6 @@ def test_a_rank_cannot_shard_a_module_for_two_stages() -> None:
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        ({"tp": 2}, "tensor parallelism is not built yet"),
         ({"cp": 2}, "sequence parallelism is not built yet"),
         ({"pp_schedule": "1f1b", "pp_stages_per_rank": 2}, "1f1b runs one stage a rank"),
         ({"pp_schedule": "zbv", "pp_stages_per_rank": 3}, "zbv runs 2 stages a rank"),

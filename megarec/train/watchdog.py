@@ -6,9 +6,9 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self
 
-LOG_LEAD_SECONDS = 0.5
+GRACE_SECONDS = 3.0
 PARENT_SECONDS = 0.5
 
 
@@ -30,16 +30,16 @@ def exit_with_parent() -> None:
 class Watchdog:
     """A step that lasts longer than `timeout` seconds ends the process with exit code 1.
 
-    First the Python stacks of all threads go to stderr and, where given, to the rank's log file.
-    The clock is a C thread (faulthandler), so that a step that hangs inside a collective, with the
-    interpreter locked, still ends; only the copy in the log needs the interpreter.
+    First the Python stacks of all threads go to stderr. Where one rank hangs the others wait for
+    it, and a launcher kills them all once the first is gone: each writes its stacks and then gives
+    the others GRACE_SECONDS to do the same. Should the interpreter be locked, a C thread
+    (faulthandler) does both at the end of that time.
     Call ``arm`` at the start of each step; leaving the context disarms.
     """
 
-    def __init__(self, timeout: float, log: TextIO | None = None) -> None:
+    def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._log = log
-        self._log_timer: threading.Timer | None = None
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -55,22 +55,24 @@ class Watchdog:
     def arm(self) -> None:
         """Start the clock, from zero if it runs."""
         self.disarm()
-        if self._log is not None:
-            self._log_timer = threading.Timer(self._timeout, self._dump_to_log, (self._log,))
-            self._log_timer.daemon = True
-            self._log_timer.start()
-        # The log comes first: the process is gone once the C thread has fired.
-        lead = 0.0 if self._log is None else LOG_LEAD_SECONDS
-        faulthandler.dump_traceback_later(self._timeout + lead, exit=True, file=sys.stderr)
+        self._timer = threading.Timer(self._timeout, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+        last = self._timeout + 2 * GRACE_SECONDS
+        faulthandler.dump_traceback_later(last, exit=True, file=sys.stderr)
 
     def disarm(self) -> None:
         """Stop the clock."""
         faulthandler.cancel_dump_traceback_later()
-        if self._log_timer is not None:
-            self._log_timer.cancel()
-            self._log_timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-    def _dump_to_log(self, log: TextIO) -> None:
-        log.write(f"step timeout: no progress for {self._timeout:g} s\n")
-        log.flush()
-        faulthandler.dump_traceback(log, all_threads=True)
+    def _end(self) -> None:
+        rank = os.environ.get("RANK", "0")
+        message = f"rank {rank}: step timeout: no progress for {self._timeout:g} s; its stacks:\n"
+        sys.stderr.write(message)
+        sys.stderr.flush()
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        time.sleep(GRACE_SECONDS)
+        os._exit(1)

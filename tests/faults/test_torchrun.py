@@ -5,31 +5,36 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from e2e_runs import losses, session
 from safetensors.torch import load_file
+from small import model_tree
 
 from megarec.errors import RunError
 
 SCRIPT = """
-import sys
+import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from e2e_runs import session
-sys.exit(session(Path(sys.argv[2]), "run", train={"step_timeout_seconds": 8}))
+sections = {"train": {"step_timeout_seconds": 8}} | json.loads(sys.argv[3])
+sys.exit(session(Path(sys.argv[2]), "run", **sections))
 """
 
 
-def torchrun(folder: Path, fault: str | None = None) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    folder: Path, fault: str | None = None, **sections: Any
+) -> subprocess.CompletedProcess[str]:
     """Run the tiny recipe on two ranks with a fault."""
     script = folder / "train.py"
     script.write_text(SCRIPT)
     environment = {"MEGAREC_FAULT": fault} if fault else {}
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(script), str(Path(__file__).parents[1]), str(folder)],
+         str(script), str(Path(__file__).parents[1]), str(folder), json.dumps(sections)],
         env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", **environment},
         capture_output=True,
         text=True,
@@ -63,11 +68,13 @@ def test_a_killed_rank_ends_the_run_and_resume_is_bitwise(tmp_path: Path, golden
         assert all(torch.equal(ours[name], tensor) for name, tensor in load_file(shard).items())
 
 
-def test_a_hanging_rank_is_reported_with_its_stack(tmp_path: Path) -> None:
+def test_a_hanging_rank_is_reported_with_the_stacks_of_all(tmp_path: Path) -> None:
     began = time.monotonic()
     hung = torchrun(tmp_path, "before_optim:2:1:hang")
     assert hung.returncode != 0 and time.monotonic() - began < 60
-    assert "Timeout (0:00:08)!" in hung.stderr
+    for rank in (0, 1):
+        assert f"rank {rank}: step timeout: no progress for 8 s" in hung.stderr
+    # One hangs in the fault, the other in the collective that waits for it.
     assert "faults.py" in hung.stderr and "environment.py" in hung.stderr
 
 
@@ -94,9 +101,20 @@ def test_killed_anywhere_it_resumes_bitwise(
 
 
 @pytest.mark.faults
-def test_a_rank_that_raises_ends_all(tmp_path: Path) -> None:
-    failed = torchrun(tmp_path, "after_backward:3:1:raise")
-    assert failed.returncode != 0 and "injected fault" in failed.stderr
+@pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"pp": 2}], ids=str)
+def test_a_rank_that_raises_ends_all(tmp_path: Path, parallel: dict[str, int]) -> None:
+    # The step timeout is long: it must not be what ends the others.
+    failed = torchrun(
+        tmp_path,
+        "after_backward:3:1:raise",
+        parallel=parallel,
+        model=model_tree(vocab_size=64),
+        train={"step_timeout_seconds": 1000},
+    )
+    assert failed.returncode != 0
+    first = next(line for line in failed.stderr.splitlines() if "Error" in line)
+    assert "injected fault" in first
+    assert "step timeout" not in failed.stderr
 
 
 @pytest.mark.faults

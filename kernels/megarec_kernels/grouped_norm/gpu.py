@@ -1,0 +1,165 @@
+"""Norms over groups of channels on a GPU: Triton kernels behind two torch ops.
+
+Nothing is kept for the backward but the inputs: it has each group at once, and so computes its
+statistics again. Gradients of weights are summed in a fixed order, without atomics.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarec_kernels.dispatch import triton_problem
+
+MAX_GROUP = 16384
+"""Channels of a group, all of which are in registers."""
+
+TILE = 2048
+"""Elements of a program, at least."""
+PROGRAMS = 1024
+"""Programs of the backward, at most; each sums up the weight's gradient over its rows."""
+
+
+def gpu_problem(x: Tensor, group_dim: int) -> str | None:
+    """Return why the kernels cannot take these inputs, or None where they can."""
+    if group_dim > MAX_GROUP:
+        return f"the kernels take groups of up to {MAX_GROUP} channels, got {group_dim}"
+    return triton_problem(x)
+
+
+def grouped_norm_gpu(
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    group_dim: int,
+    center: bool,
+    eps: float,
+) -> Tensor:
+    """Return the norm; arguments as in grouped_norm."""
+    return _normalize(x, weight, gate, group_dim, center, eps)
+
+
+@torch.library.custom_op("megarec::grouped_norm", mutates_args=())
+def _normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    group_dim: int,
+    center: bool,
+    eps: float,
+) -> Tensor:
+    y = _empty_result(x, weight, gate)
+    options, num_tiles, num_groups = _plan(x, gate, group_dim, center, eps)
+    inputs = [_dense(tensor) for tensor in (x, weight, gate)]
+    _kernels().forward_kernel[num_tiles, num_groups](
+        *inputs, y, x.numel() // x.shape[-1], num_groups, **options
+    )
+    return y
+
+
+@torch.library.custom_op("megarec::grouped_norm_backward", mutates_args=())
+def _gradients(
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    group_dim: int,
+    center: bool,
+    eps: float,
+    dy: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight and gate; empty for what is not there."""
+    dx, dweight, dgate = _empty_gradients(x, weight, gate)
+    options, num_tiles, num_groups = _plan(x, gate, group_dim, center, eps)
+    num_programs = min(num_tiles, -(-PROGRAMS // num_groups))
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    sums_PD = x.new_empty(num_programs, x.shape[-1] if weight is not None else 0, dtype=dtype)
+    inputs = [_dense(tensor) for tensor in (x, weight, gate, dy)]
+    _kernels().backward_kernel[num_programs, num_groups](
+        *inputs, dx, dgate, sums_PD, x.numel() // x.shape[-1], num_groups, **options
+    )
+    if weight is not None:
+        dweight = sums_PD.sum(0).to(weight.dtype)
+    return dx, dweight, dgate
+
+
+def _kernels() -> Any:
+    from megarec_kernels.grouped_norm import gpu_kernels
+
+    return gpu_kernels
+
+
+def _plan(
+    x: Tensor, gate: Tensor | None, group_dim: int, center: bool, eps: float
+) -> tuple[dict[str, Any], int, int]:
+    """Return the kernels' options, the number of tiles of rows, and that of groups."""
+    from megarec_kernels.triton_tools import triton, triton_dtype
+
+    dtype = torch.promote_types((x if gate is None else gate).dtype, torch.float32)
+    width = triton.next_power_of_2(group_dim)
+    rows = max(1, TILE // width)
+    options = {
+        "GROUP": group_dim,
+        "CENTER": center,
+        "EPS": eps,
+        "WIDE": triton_dtype(dtype),
+        "BLOCK_N": rows,
+        "BLOCK_D": width,
+        "num_warps": max(4, width // 512),
+    }
+    num_rows = x.numel() // x.shape[-1]
+    return options, -(-num_rows // rows), x.shape[-1] // group_dim
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _empty_result(x: Tensor, weight: Tensor | None, gate: Tensor | None) -> Tensor:
+    dtype = (x if gate is None else gate).dtype
+    if weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _empty_gradients(
+    x: Tensor, weight: Tensor | None, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = x.new_empty(0)
+    return (
+        x.new_empty(x.shape),
+        nothing if weight is None else weight.new_empty(weight.shape),
+        nothing.clone() if gate is None else gate.new_empty(gate.shape),
+    )
+
+
+@_normalize.register_fake
+def _(x: Tensor, weight: Tensor | None, gate: Tensor | None, *_: Any) -> Tensor:
+    return _empty_result(x, weight, gate)
+
+
+@_gradients.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, gate: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(x, weight, gate)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.group_dim, ctx.center, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, weight, gate = ctx.saved_tensors
+    dx, dweight, dgate = _gradients(x, weight, gate, ctx.group_dim, ctx.center, ctx.eps, dy)
+    return (
+        dx,
+        None if weight is None else dweight,
+        None if gate is None else dgate,
+        None,
+        None,
+        None,
+    )
+
+
+_normalize.register_autograd(_differentiate, setup_context=_save)

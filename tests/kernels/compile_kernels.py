@@ -56,6 +56,12 @@ def swiglu(size: int, dtype: torch.dtype) -> Tensor:
     return torch.ops.megarec.swiglu(gate, up)
 
 
+def cross_entropy(C: int, V: int, dtype: torch.dtype, whole: bool) -> None:
+    logits, labels = torch.randn(C, V, dtype=dtype), torch.zeros(C, dtype=torch.int64)
+    weights, cap = (torch.ones(C), 30.0) if whole else (None, None)
+    torch.ops.megarec.cross_entropy_rows(logits, labels, weights, -100, cap, 1e-4, whole)
+
+
 def main() -> None:
     driver.set_active(H100())
     JITFunction.__getitem__ = compile_only
@@ -70,6 +76,8 @@ def main() -> None:
         swiglu(1, torch.float32),
     ):
         output.sum().backward()
+    cross_entropy(1024, 50304, torch.bfloat16, whole=True)
+    cross_entropy(1, 1, torch.float32, whole=False)
 
 
 if __name__ == "__main__":

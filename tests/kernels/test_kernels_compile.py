@@ -9,7 +9,7 @@ KERNELS = {
     f"megarec_kernels.{op}.gpu_kernels {direction}_kernel"
     for op in ("causal_conv1d", "grouped_norm", "swiglu")
     for direction in ("forward", "backward")
-}
+} | {"megarec_kernels.linear_cross_entropy.gpu_kernels row_kernel"}
 
 
 def test_kernels_compile_for_an_h100(tmp_path):

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from megarec_kernels.causal_conv1d import causal_conv1d, gpu
 from op_cases import DEVICE, compare_gpu, make_resets, on_device, random_inputs
 
+pytest.importorskip("triton")
+
 # All is computed in promote_types(dtype, float32), and each result rounded once.
 BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 EXACT = {torch.float64: BOUNDS[torch.float64]}

@@ -4,9 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megarec_kernels.causal_conv1d import causal_conv1d
 from megarec_kernels.grouped_norm import gpu, grouped_norm
+from megarec_kernels.swiglu import swiglu
 from op_cases import DEVICE, compare, compare_gpu, on_device, random_inputs
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("triton")
 
 # The kernels round each result once; sums over a group make float64's errors larger.
 BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -161,6 +166,24 @@ def test_other_strides_and_no_graph_break():
         y = form(wide)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
         torch.testing.assert_close(torch.autograd.grad(y.sum(), wide)[0], expected_grad)
+
+
+def test_recomputed_activations_change_no_bit():
+    """With the other small kernels of a block; forced from outside, as a user does."""
+    inputs, _ = make_case(2, 3, 8)
+    x, weight = (leaf.to(DEVICE).requires_grad_() for leaf in inputs.values())
+    kernel = random_inputs({"kernel": (8, 2)})["kernel"].to(DEVICE)
+
+    def block(x, weight):
+        y, _ = causal_conv1d(grouped_norm(x, weight, eps=1e-5), kernel, activation="silu")
+        return swiglu(y, x)
+
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGAREC_KERNELS", "gpu")
+        for y in (block(x, weight), checkpoint(block, x, weight, use_reentrant=False)):
+            results.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_ops_are_what_torch_expects():

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("triton")
+
 KERNELS = {
     f"megarec_kernels.{op}.gpu_kernels {direction}_kernel"
     for op in ("causal_conv1d", "grouped_norm", "swiglu")

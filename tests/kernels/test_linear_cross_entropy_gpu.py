@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from megarec_kernels.linear_cross_entropy import gpu, linear_cross_entropy
 from op_cases import DEVICE, compare_gpu, on_device, random_inputs
 
+pytest.importorskip("triton")
+
 # Logits are rounded to the dtype, then their gradients; logits of size 4 by up to 2^-7 in bf16.
 BOUNDS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 OPTIONS = [

@@ -8,6 +8,8 @@ from megarec_kernels.swiglu import swiglu
 from op_cases import DEVICE, compare, compare_gpu, random_inputs
 from torch.nn import functional as F
 
+pytest.importorskip("triton")
+
 # The kernels round each result once.
 BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 # The eager form also rounds silu(gate), and a product on the way to the gate's gradient.

@@ -77,17 +77,18 @@ def _launch(name: str, silu: bool, x: Tensor, weight: Tensor, *others: Tensor | 
     from megarec_kernels.triton_tools import triton_dtype
 
     (B, T, C), K = x.shape, weight.shape[1]
-    getattr(gpu_kernels, name)[B * _num_segments(T), -(-C // BLOCK_C)](
-        *(None if tensor is None else tensor.contiguous() for tensor in (x, weight, *others)),
-        T,
-        C,
-        K=K,
-        SILU=silu,
-        WIDE=triton_dtype(torch.promote_types(x.dtype, torch.float32)),
-        SEGMENT=SEGMENT,
-        BLOCK_C=BLOCK_C,
-        num_warps=NUM_WARPS,
-    )
+    with torch.accelerator.device_index(x.device.index):
+        getattr(gpu_kernels, name)[B * _num_segments(T), -(-C // BLOCK_C)](
+            *(None if tensor is None else tensor.contiguous() for tensor in (x, weight, *others)),
+            T,
+            C,
+            K=K,
+            SILU=silu,
+            WIDE=triton_dtype(torch.promote_types(x.dtype, torch.float32)),
+            SEGMENT=SEGMENT,
+            BLOCK_C=BLOCK_C,
+            num_warps=NUM_WARPS,
+        )
 
 
 def _num_segments(T: int) -> int:

@@ -49,11 +49,9 @@ def _normalize(
     eps: float,
 ) -> Tensor:
     y = _empty_result(x, weight, gate)
-    options, num_tiles, num_groups = _plan(x, gate, group_dim, center, eps)
-    inputs = [_dense(tensor) for tensor in (x, weight, gate)]
-    _kernels().forward_kernel[num_tiles, num_groups](
-        *inputs, y, x.numel() // x.shape[-1], num_groups, **options
-    )
+    num_groups = x.shape[-1] // group_dim
+    grid = _num_tiles(x, group_dim), num_groups
+    _launch("forward_kernel", grid, (group_dim, center, eps), x, weight, gate, y)
     return y
 
 
@@ -69,49 +67,60 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and gate; empty for what is not there."""
     dx, dweight, dgate = _empty_gradients(x, weight, gate)
-    options, num_tiles, num_groups = _plan(x, gate, group_dim, center, eps)
-    num_programs = min(num_tiles, -(-PROGRAMS // num_groups))
+    num_groups = x.shape[-1] // group_dim
+    num_programs = min(_num_tiles(x, group_dim), -(-PROGRAMS // num_groups))
     dtype = torch.promote_types(dy.dtype, torch.float32)
     sums_PD = x.new_empty(num_programs, x.shape[-1] if weight is not None else 0, dtype=dtype)
-    inputs = [_dense(tensor) for tensor in (x, weight, gate, dy)]
-    _kernels().backward_kernel[num_programs, num_groups](
-        *inputs, dx, dgate, sums_PD, x.numel() // x.shape[-1], num_groups, **options
-    )
+    grid, options = (num_programs, num_groups), (group_dim, center, eps)
+    _launch("backward_kernel", grid, options, x, weight, gate, dy, dx, dgate, sums_PD)
     if weight is not None:
         dweight = sums_PD.sum(0).to(weight.dtype)
     return dx, dweight, dgate
 
 
-def _kernels() -> Any:
+def _launch(
+    name: str,
+    grid: tuple[int, int],
+    options: tuple[int, bool, float],
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    *others: Tensor,
+) -> None:
     from megarec_kernels.grouped_norm import gpu_kernels
+    from megarec_kernels.triton_tools import triton_dtype
 
-    return gpu_kernels
-
-
-def _plan(
-    x: Tensor, gate: Tensor | None, group_dim: int, center: bool, eps: float
-) -> tuple[dict[str, Any], int, int]:
-    """Return the kernels' options, the number of tiles of rows, and that of groups."""
-    from megarec_kernels.triton_tools import triton, triton_dtype
-
-    dtype = torch.promote_types((x if gate is None else gate).dtype, torch.float32)
-    width = triton.next_power_of_2(group_dim)
-    rows = max(1, TILE // width)
-    options = {
-        "GROUP": group_dim,
-        "CENTER": center,
-        "EPS": eps,
-        "WIDE": triton_dtype(dtype),
-        "BLOCK_N": rows,
-        "BLOCK_D": width,
-        "num_warps": max(4, width // 512),
-    }
-    num_rows = x.numel() // x.shape[-1]
-    return options, -(-num_rows // rows), x.shape[-1] // group_dim
+    group_dim, center, eps = options
+    tensors = (x, weight, gate, *others)
+    with torch.accelerator.device_index(x.device.index):
+        getattr(gpu_kernels, name)[grid](
+            *(None if tensor is None else tensor.contiguous() for tensor in tensors),
+            x.numel() // x.shape[-1],
+            x.shape[-1] // group_dim,
+            GROUP=group_dim,
+            CENTER=center,
+            EPS=eps,
+            WIDE=triton_dtype(
+                torch.promote_types((x if gate is None else gate).dtype, torch.float32)
+            ),
+            BLOCK_N=_rows(group_dim),
+            BLOCK_D=_width(group_dim),
+            num_warps=max(4, _width(group_dim) // 512),
+        )
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _width(group_dim: int) -> int:
+    """Return the power of 2 that a group fits into."""
+    return 1 << (group_dim - 1).bit_length()
+
+
+def _rows(group_dim: int) -> int:
+    """Return the rows of a tile."""
+    return max(1, TILE // _width(group_dim))
+
+
+def _num_tiles(x: Tensor, group_dim: int) -> int:
+    return -(-x.numel() // x.shape[-1] // _rows(group_dim))
 
 
 def _empty_result(x: Tensor, weight: Tensor | None, gate: Tensor | None) -> Tensor:

@@ -96,20 +96,21 @@ def _rows(
     C, V = logits_CV.shape
     dtype = torch.promote_types(logits_CV.dtype, torch.float32)
     losses_C = logits_CV.new_empty(C, dtype=dtype)
-    row_kernel[(C,)](
-        logits_CV,
-        labels_C.contiguous(),
-        None if weights_C is None else weights_C.contiguous(),
-        losses_C,
-        V,
-        IGNORE=ignore_index,
-        CAP=soft_cap,
-        Z_LOSS=z_loss,
-        GRADIENT=gradient,
-        WIDE=triton_dtype(dtype),
-        BLOCK_V=min(BLOCK_V, triton.next_power_of_2(V)),
-        num_warps=8,
-    )
+    with torch.accelerator.device_index(logits_CV.device.index):
+        row_kernel[(C,)](
+            logits_CV,
+            labels_C.contiguous(),
+            None if weights_C is None else weights_C.contiguous(),
+            losses_C,
+            V,
+            IGNORE=ignore_index,
+            CAP=soft_cap,
+            Z_LOSS=z_loss,
+            GRADIENT=gradient,
+            WIDE=triton_dtype(dtype),
+            BLOCK_V=min(BLOCK_V, triton.next_power_of_2(V)),
+            num_warps=8,
+        )
     return losses_C
 
 

@@ -31,12 +31,13 @@ def _launch(name: str, gate: Tensor, *others: Tensor) -> None:
     from megarec_kernels.swiglu import gpu_kernels
     from megarec_kernels.triton_tools import triton_dtype
 
-    getattr(gpu_kernels, name)[(-(-gate.numel() // BLOCK),)](
-        *(tensor.contiguous() for tensor in (gate, *others)),
-        gate.numel(),
-        WIDE=triton_dtype(torch.promote_types(gate.dtype, torch.float32)),
-        BLOCK=BLOCK,
-    )
+    with torch.accelerator.device_index(gate.device.index):
+        getattr(gpu_kernels, name)[(-(-gate.numel() // BLOCK),)](
+            *(tensor.contiguous() for tensor in (gate, *others)),
+            gate.numel(),
+            WIDE=triton_dtype(torch.promote_types(gate.dtype, torch.float32)),
+            BLOCK=BLOCK,
+        )
 
 
 @_multiply.register_fake

@@ -23,7 +23,9 @@ PROGRAMS = 1024
 def gpu_problem(x: Tensor, group_dim: int) -> str | None:
     """Return why the kernels cannot take these inputs, or None where they can."""
     if group_dim > MAX_GROUP:
-        return f"the kernels take groups of up to {MAX_GROUP} channels, got {group_dim}"
+        return (
+            f"the kernels take groups of up to {MAX_GROUP} channels, got {group_dim}; use 'eager'"
+        )
     return triton_problem(x)
 
 

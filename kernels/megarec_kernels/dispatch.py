@@ -7,7 +7,7 @@ from collections.abc import Collection
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "MEGAREC_KERNELS"
 BACKENDS = ("reference", "eager", "gpu")
@@ -48,8 +48,7 @@ def choose_backend(
         raise ValueError(f"{op}: {name}='{asked}' is not built yet; use 'auto' or 'eager'")
     if asked == "gpu" and gpu_problem is not None:
         raise ValueError(f"{op}: {name}='gpu': {gpu_problem}")
-    if not torch.compiler.is_compiling():
-        _log_once(op, asked, reason)
+    _log_once(op, asked, reason)
     return asked
 
 
@@ -57,13 +56,16 @@ def triton_problem(x: Tensor) -> str | None:
     """Return why Triton kernels cannot run where the tensor is, or None where they can."""
     if not HAS_TRITON:
         return "needs Triton: pip install triton"
-    if type(x) not in (Tensor, nn.Parameter):
-        return f"needs plain tensors, got {type(x).__name__}"
     if x.is_cuda or os.environ.get("TRITON_INTERPRET", "") == "1":
         return None
     return f"needs tensors on a GPU, got {x.device} (or TRITON_INTERPRET=1, to try it slowly)"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile runs it while it traces
 def _log_once(op: str, backend: str, reason: str) -> None:
+    _log(op, backend, reason)
+
+
+@functools.cache
+def _log(op: str, backend: str, reason: str) -> None:
     logger.info("%s runs on backend %s (%s)", op, backend, reason)

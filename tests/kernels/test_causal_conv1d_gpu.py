@@ -48,8 +48,7 @@ def test_shapes(shape):
     compare_gpu(run, make_inputs(**shape), EXACT, activation="silu")
 
 
-@pytest.mark.parametrize("segment", [1, 3])
-@pytest.mark.parametrize("K", [2, 4])
+@pytest.mark.parametrize(("segment", "K"), [(1, 4), (3, 4), (3, 2)])
 def test_programs_that_share_a_row(monkeypatch, segment, K):
     """Their halo is K - 1 tokens on either side; a reset, and the row's ends, may be in it."""
     monkeypatch.setattr(gpu, "SEGMENT", segment)
@@ -57,7 +56,7 @@ def test_programs_that_share_a_row(monkeypatch, segment, K):
     compare_gpu(run, make_inputs(T=5, K=K), EXACT, resets=resets, activation="silu")
 
 
-@pytest.mark.parametrize("starts", [[0], [1], [3], [6], [2, 4], [0, 1, 2, 3], [5, 6]], ids=str)
+@pytest.mark.parametrize("starts", [[0], [3], [6], [2, 4], [0, 1, 2, 3]], ids=str)
 def test_resets_at_every_place(monkeypatch, starts):
     monkeypatch.setattr(gpu, "SEGMENT", 4)
     compare_gpu(run, make_inputs(B=1, T=7), EXACT, resets=make_resets(1, 7, *starts))

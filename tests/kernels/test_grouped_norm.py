@@ -64,7 +64,7 @@ def test_gradcheck_of_the_reference(kind):
 
 
 @kinds
-@pytest.mark.parametrize("shape", [(1, 12), (2, 3, 30), (9, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 12), (2, 3, 30)], ids=str)
 def test_equals_the_reference(kind, shape):
     inputs, options = make_case(*shape, **kind)
     compare(run, inputs, EAGER_BOUNDS, **options)

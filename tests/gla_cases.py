@@ -77,18 +77,6 @@ def outputs_and_gradients(
     return {name: x.detach() for name, x in results.items()}
 
 
-def assert_rms(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
-    """Compare the RMS error of each tensor with its RMS; infinities must be the same."""
-    assert actual.keys() == expected.keys()
-    for name, want in expected.items():
-        got, want = actual[name].double(), want.double()
-        infinite = want.isinf()
-        assert torch.equal(got[infinite], want[infinite]), f"{name}: infinities differ"
-        error = (got - want)[~infinite].norm()
-        allowed = bound * want[~infinite].norm()
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
-
-
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Compare each tensor relative to its largest finite entry; infinities must be the same."""
     assert actual.keys() == expected.keys()

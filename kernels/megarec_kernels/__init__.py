@@ -7,15 +7,19 @@ from megarec_kernels.gated_linear_attention import (
     gated_linear_attention_step,
     initial_state,
 )
+from megarec_kernels.grouped_norm import grouped_norm
 from megarec_kernels.linear_cross_entropy import linear_cross_entropy
 from megarec_kernels.linear_distillation import linear_distillation
+from megarec_kernels.swiglu import swiglu
 
 __all__ = [
     "attention",
     "causal_conv1d",
     "gated_linear_attention",
     "gated_linear_attention_step",
+    "grouped_norm",
     "initial_state",
     "linear_cross_entropy",
     "linear_distillation",
+    "swiglu",
 ]

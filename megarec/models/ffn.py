@@ -1,5 +1,6 @@
 """Feed-forward networks."""
 
+from megarec_kernels.swiglu import swiglu
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +26,7 @@ class FFN(nn.Module):
         """Map x (..., d_model) to (..., d_model)."""
         hidden = self.up(x)
         if self.gate is not None:
-            hidden = F.silu(self.gate(x)) * hidden
+            hidden = swiglu(self.gate(x), hidden)
         elif self.activation == "squared_relu":
             hidden = F.relu(hidden).square()
         else:

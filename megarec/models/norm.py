@@ -1,8 +1,8 @@
 """Normalisation layers; statistics in float32 at least, whatever the activations are."""
 
 import torch
+from megarec_kernels.grouped_norm import grouped_norm
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megarec.models.init import Initializer
 
@@ -17,8 +17,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., dim); the result has x's dtype."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+        return grouped_norm(x, self.weight, eps=self.eps)
 
     def init_weights(self, init: Initializer) -> None:
         """Start with scale 1."""
@@ -55,9 +54,8 @@ class HeadLayerNorm(nn.Module):
 
     def forward(self, x_BTHV: Tensor) -> Tensor:
         """Normalise x (..., H, V) over V; returns (..., H * V), in x's dtype."""
-        wide = x_BTHV.to(torch.promote_types(x_BTHV.dtype, torch.float32))
-        normed = F.layer_norm(wide, wide.shape[-1:], eps=self.eps)
-        return normed.to(x_BTHV.dtype).flatten(-2) * self.weight
+        x, head_dim = x_BTHV.flatten(-2), x_BTHV.shape[-1]
+        return grouped_norm(x, self.weight, eps=self.eps, group_dim=head_dim, center=True)
 
     def init_weights(self, init: Initializer) -> None:
         """Start with scale 1."""
@@ -79,11 +77,7 @@ class GatedGroupRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Gate and normalise x (..., dim), any float dtype; the result has the gate's dtype."""
-        dtype = torch.promote_types(gate.dtype, torch.float32)
-        wide = x.to(dtype) * F.silu(gate.to(dtype))
-        groups = wide.unflatten(-1, (-1, self.group_dim))
-        normed = F.rms_norm(groups, (self.group_dim,), eps=self.eps).flatten(-2)
-        return normed.to(gate.dtype) * self.weight
+        return grouped_norm(x, self.weight, eps=self.eps, group_dim=self.group_dim, gate=gate)
 
     def init_weights(self, init: Initializer) -> None:
         """Start with scale 1."""

@@ -3,7 +3,9 @@
 import logging
 
 import pytest
-from megarec_kernels.dispatch import choose_backend
+import torch
+from megarec_kernels import dispatch
+from megarec_kernels.dispatch import choose_backend, triton_problem
 
 
 def test_auto_takes_the_fastest_and_says_so_once(caplog):
@@ -32,3 +34,21 @@ def test_unknown_and_unbuilt_backends(monkeypatch):
     monkeypatch.setenv("MEGAREC_KERNELS", "gpu")
     with pytest.raises(ValueError, match="op: MEGAREC_KERNELS='gpu' is not built yet"):
         choose_backend("op", "auto")
+
+
+def test_where_triton_runs(monkeypatch):
+    x = torch.zeros(2)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_problem(x) is None
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert triton_problem(x).startswith("needs tensors on a GPU, got cpu")
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    assert triton_problem(x) == "needs Triton: pip install triton"
+
+
+def test_auto_says_why_it_is_not_the_gpu(caplog):
+    with caplog.at_level(logging.INFO, logger="megarec_kernels"):
+        assert choose_backend("a_gpu_op", "auto", ("eager", "gpu"), "eager", "no GPU") == "eager"
+    assert caplog.messages == ["a_gpu_op runs on backend eager (auto: not gpu: no GPU)"]
+    with pytest.raises(ValueError, match="^a_gpu_op: backend='gpu': no GPU$"):
+        choose_backend("a_gpu_op", "gpu", ("eager", "gpu"), "eager", "no GPU")

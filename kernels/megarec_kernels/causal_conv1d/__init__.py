@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 from megarec_kernels.causal_conv1d.eager import causal_conv1d_eager
+from megarec_kernels.causal_conv1d.gpu import causal_conv1d_gpu, gpu_problem
 from megarec_kernels.causal_conv1d.reference import causal_conv1d_reference
 from megarec_kernels.dispatch import choose_backend
 
 __all__ = ["causal_conv1d"]
 
-FORMS = {"reference": causal_conv1d_reference, "eager": causal_conv1d_eager}
+FORMS = {
+    "reference": causal_conv1d_reference,
+    "eager": causal_conv1d_eager,
+    "gpu": causal_conv1d_gpu,
+}
 
 
 def causal_conv1d(
@@ -36,7 +41,8 @@ def causal_conv1d(
         resets: (B, T) bool, True where a document starts: nothing before it is seen, exactly.
         tail: (B, K - 1, C), the inputs before the first token, oldest first; None means zeros.
         activation: "silu", or None for the plain sum.
-        backend: "auto", "reference" or "eager"; MEGAREC_KERNELS overrides it.
+        backend: "auto", "reference", "eager" or "gpu" (Triton, for K up to 8); MEGAREC_KERNELS
+            overrides it.
 
     Returns:
         y (B, T, C) in x's dtype, and the tail after the last token, (B, K - 1, C) in x's dtype:
@@ -46,9 +52,10 @@ def causal_conv1d(
         ValueError: An argument does not fit; the message names it.
     """
     _check(x, weight, bias, resets, tail, activation)
-    return FORMS[choose_backend("causal_conv1d", backend)](
-        x, weight, bias, resets, tail, activation
-    )
+    problem = gpu_problem(x, weight)
+    fastest = "gpu" if x.is_cuda and problem is None else "eager"
+    chosen = choose_backend("causal_conv1d", backend, FORMS, fastest, problem)
+    return FORMS[chosen](x, weight, bias, resets, tail, activation)
 
 
 def _check(

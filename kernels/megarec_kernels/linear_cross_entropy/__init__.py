@@ -3,14 +3,19 @@
 import torch
 from torch import Tensor
 
-from megarec_kernels.dispatch import choose_backend
+from megarec_kernels.dispatch import choose_backend, triton_problem
 from megarec_kernels.linear_cross_entropy.eager import linear_cross_entropy_eager
+from megarec_kernels.linear_cross_entropy.gpu import linear_cross_entropy_gpu
 from megarec_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from megarec_kernels.linear_cross_entropy.vocabulary import VocabularyPart
 
 __all__ = ["VocabularyPart", "linear_cross_entropy"]
 
-FORMS = {"reference": linear_cross_entropy_reference, "eager": linear_cross_entropy_eager}
+FORMS = {
+    "reference": linear_cross_entropy_reference,
+    "eager": linear_cross_entropy_eager,
+    "gpu": linear_cross_entropy_gpu,
+}
 
 
 def linear_cross_entropy(
@@ -29,14 +34,15 @@ def linear_cross_entropy(
     """Return the sum over labels of w (logsumexp(z) - z[label] + z_loss * logsumexp(z)^2).
 
     Logits z = x W^T are a matmul in x's dtype; all that follows is in promote_types(x.dtype,
-    float32). A soft cap c replaces z by c * tanh(z / c). The eager form computes the gradients
-    during the forward, so that its backward only scales them.
+    float32). A soft cap c replaces z by c * tanh(z / c). All forms but the reference compute the
+    gradients during the forward, so that their backward only scales them.
 
     Args:
         x: Hidden states, (N, D) or (B, T, D), any float dtype.
         weight: Weight of the head, (V, D), dtype of x.
         labels: int64, (N,) or (B, T). Each must be ``ignore_index`` or in [0, V); others are an
-            error that surfaces inside torch, because a check here would wait for the device.
+            error that surfaces inside torch (in Triton as a loss of NaN), because a check here
+            would wait for the device.
         token_weights: w, (N,) or (B, T), any float dtype; differentiable. None: 1 for all.
         soft_cap: Bound on the logits, > 0; None means none.
         z_loss: Weight of the squared logsumexp, which keeps logits from drifting (2204.02311).
@@ -46,7 +52,8 @@ def linear_cross_entropy(
         vocabulary: Where ranks divide the vocabulary, this rank's part: ``weight`` has its rows,
             labels are of all. Each rank returns the whole loss; the gradient of x is what its
             rows add to it, and has yet to be added up over the ranks.
-        backend: "auto", "reference" (holds all logits) or "eager"; MEGAREC_KERNELS overrides it.
+        backend: "auto", "reference" (holds all logits), "eager" or "gpu" (its softmax in Triton);
+            MEGAREC_KERNELS overrides it.
 
     Returns:
         The sum, a scalar in promote_types(x.dtype, float32). Divide it by the number of labels.
@@ -55,7 +62,11 @@ def linear_cross_entropy(
         ValueError: An argument does not fit; the message names it.
     """
     _check(x, weight, labels, token_weights, soft_cap, chunk_size)
-    return FORMS[choose_backend("linear_cross_entropy", backend)](
+    problem = triton_problem(x)
+    if vocabulary is not None:
+        problem = "the kernel takes whole vocabularies, not a rank's part; use 'eager'"
+    fastest = "gpu" if x.is_cuda and problem is None else "eager"
+    return FORMS[choose_backend("linear_cross_entropy", backend, FORMS, fastest, problem)](
         x.flatten(0, -2),
         weight,
         labels.flatten(),
@@ -64,7 +75,7 @@ def linear_cross_entropy(
         z_loss=z_loss,
         ignore_index=ignore_index,
         chunk_size=chunk_size,
-        vocabulary=vocabulary,
+        **({} if vocabulary is None else {"vocabulary": vocabulary}),
     )
 
 

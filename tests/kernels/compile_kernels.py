@@ -1,0 +1,84 @@
+"""Compiles the kernels that ops launch for an H100, on any machine; test_kernels_compile runs it.
+
+Where a kernel would be launched it is only compiled, with its arguments as they are: what comes
+out of the ops is uninitialised memory.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+
+class H100:
+    """What Triton asks its driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
+    def launch(*arguments: object, **options: object) -> None:
+        assert kernel.run(*arguments, grid=grid, warmup=True, **options).asm["cubin"]
+        print(kernel.__module__, kernel.__name__)
+
+    return launch
+
+
+def conv(B: int, T: int, C: int, K: int, dtype: torch.dtype, whole: bool) -> Tensor:
+    x, weight = torch.randn(B, T, C, dtype=dtype), torch.randn(C, K, dtype=dtype)
+    bias, resets, tail = None, None, None
+    if whole:
+        bias, tail = torch.randn(C, dtype=dtype), torch.randn(B, K - 1, C, dtype=dtype)
+        resets = torch.zeros(B, T, dtype=torch.bool)
+    y, _ = torch.ops.megarec.causal_conv1d(x.requires_grad_(), weight, bias, resets, tail, whole)
+    return y
+
+
+def norm(N: int, D: int, group_dim: int, dtype: torch.dtype, whole: bool) -> Tensor:
+    x, weight, gate = torch.randn(N, D, dtype=dtype), None, None
+    if whole:
+        weight, gate = torch.randn(D, dtype=dtype), torch.randn(N, D, dtype=dtype)
+    x.requires_grad_()
+    return torch.ops.megarec.grouped_norm(x, weight, gate, group_dim, not whole, 1e-6)
+
+
+def swiglu(size: int, dtype: torch.dtype) -> Tensor:
+    gate, up = torch.randn(2, size, dtype=dtype).requires_grad_()
+    return torch.ops.megarec.swiglu(gate, up)
+
+
+def cross_entropy(C: int, V: int, dtype: torch.dtype, whole: bool) -> None:
+    logits, labels = torch.randn(C, V, dtype=dtype), torch.zeros(C, dtype=torch.int64)
+    weights, cap = (torch.ones(C), 30.0) if whole else (None, None)
+    torch.ops.megarec.cross_entropy_rows(logits, labels, weights, -100, cap, 1e-4, whole)
+
+
+def main() -> None:
+    driver.set_active(H100())
+    JITFunction.__getitem__ = compile_only
+    import megarec_kernels  # noqa: F401  # registers the ops
+
+    for output in (
+        conv(2, 256, 256, 4, torch.bfloat16, whole=True),
+        conv(1, 1, 1, 2, torch.float32, whole=False),
+        norm(1024, 4096, 512, torch.bfloat16, whole=True),
+        norm(1, 1, 1, torch.float32, whole=False),
+        swiglu(1024, torch.bfloat16),
+        swiglu(1, torch.float32),
+    ):
+        output.sum().backward()
+    cross_entropy(1024, 50304, torch.bfloat16, whole=True)
+    cross_entropy(1, 1, torch.float32, whole=False)
+
+
+if __name__ == "__main__":
+    main()

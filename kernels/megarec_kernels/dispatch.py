@@ -5,6 +5,8 @@ import logging
 import os
 from collections.abc import Collection
 
+import torch
+
 ENVIRONMENT_VARIABLE = "MEGAREC_KERNELS"
 BACKENDS = ("reference", "eager", "gpu")
 
@@ -37,7 +39,8 @@ def choose_backend(
         raise ValueError(f"{op}: {name}: got {asked!r}, expected one of {known}")
     if asked not in built:
         raise ValueError(f"{op}: {name}='{asked}' is not built yet; use 'auto' or 'eager'")
-    _log_once(op, asked, reason)
+    if not torch.compiler.is_compiling():
+        _log_once(op, asked, reason)
     return asked
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megarec.config.schema import Config
 from megarec.data.loader import accumulation_steps
 from megarec.models.block import find_ops
+from megarec.parallel.compile import check_compile
 from megarec.parallel.mesh import place, resolve_axes
 from megarec.parallel.pipeline import check_stages
 
@@ -39,6 +40,7 @@ def plan(config: Config, world_size: int) -> Plan:
     if axes["pp"] > 1:
         check_stages(config, micro_batches)
     find_ops(config.parallel.saved_ops)
+    check_compile(config.parallel)
     return Plan(
         axes=axes,
         num_params=config.model.num_params(),

@@ -56,8 +56,8 @@ def memory_per_rank(config: Config, dp_shard: int, micro_batches: int = 1) -> di
 
     Sharded float32 parameters and gradients (4 bytes each) and two Adam moments (8). Gathered: the
     root unit, two blocks (one computing, one prefetched) and the core of a looped stack, in the
-    compute dtype. Activations: see `activation_bytes`. The head: one chunk of logits, twice, in
-    float32, and the gradient of its weight.
+    compute dtype. Activations: see `activation_bytes`; compiled blocks may keep less. The head: one
+    chunk of logits, twice, in float32, and the gradient of its weight.
 
     In a pipeline stages are taken to be alike. Each rank has its share of everything, once for each
     micro-batch in flight: `micro_batches` in gpipe, elsewhere as many as there are ranks.

@@ -4,6 +4,7 @@ import importlib
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
+from megarec.config.activations import Activations
 from megarec.config.base import Registered
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ class MixerConfig(Registered):
     @abstractmethod
     def state_bytes(self, d_model: int, seq_len: int) -> int:
         """Return the bytes of one sequence's decoding state after seq_len tokens, in float32."""
+
+    @abstractmethod
+    def activations(self, d_model: int, seq_len: int) -> Activations:
+        """Return what the backward pass needs, a token of a sequence of this length."""
 
     @abstractmethod
     def build(self, d_model: int) -> "Mixer":

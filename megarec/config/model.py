@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from megarec.config.activations import Activations, Numbers, rms_norm
 from megarec.config.base import (
     NonNegativeFloat,
     PositiveFloat,
@@ -43,6 +44,15 @@ class FFNConfig(StrictModel):
     def flops_per_token(self, d_model: int) -> float:
         """Return the FLOPs of the forward pass, per token."""
         return 2.0 * self.num_params(d_model)
+
+    def activations(self, d_model: int) -> Activations:
+        """Return what the backward pass needs, a token."""
+        hidden = 4 if self.gated else 2
+        return Activations(
+            kept=Numbers(narrow=d_model + hidden * self.d_ff),
+            saved=Numbers(narrow=(1 + self.gated) * self.d_ff + d_model),
+            work=Numbers(narrow=2 * self.d_ff),
+        )
 
 
 class BlockConfig(StrictModel):
@@ -84,6 +94,25 @@ class BlockConfig(StrictModel):
         """Return the FLOPs of the forward pass, per token (norms are not counted)."""
         mixer = 0.0 if self.mixer is None else self.mixer.flops_per_token(d_model, seq_len)
         return mixer + (0.0 if self.ffn is None else self.ffn.flops_per_token(d_model))
+
+    def activations(self, d_model: int, seq_len: int) -> Activations:
+        """Return what the backward pass needs, a token; what the block reads included."""
+        total = Activations()
+        if self.mixer is not None:
+            total += self._branch(d_model, self.mixer.activations(d_model, seq_len))
+        if self.ffn is not None:
+            total += self._branch(d_model, self.ffn.activations(d_model))
+        skip = Numbers(narrow=d_model if self.learned_skip else 0)
+        return total + Activations(kept=skip)
+
+    def _branch(self, d_model: int, inner: Activations) -> Activations:
+        """Add the norms and scales around a mixer or FFN, and the residual stream's gradient."""
+        norms = 2 if self.norm_placement in ("sandwich", "peri") else 1
+        kept = Numbers(narrow=d_model if self.layer_scale is not None else 0)
+        for _ in range(norms):
+            kept += rms_norm(d_model)
+        work = inner.work + Numbers(narrow=2 * d_model)
+        return Activations(inner.kept + kept, inner.saved, work)
 
 
 class HeadConfig(StrictModel):

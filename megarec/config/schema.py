@@ -167,6 +167,7 @@ class ParallelConfig(StrictModel):
     `saved_ops` (`selective`), or each recurrence of a looped stack as a whole (`recurrence`).
     `saved_ops` are names in torch.ops.aten or of functional collectives; ops of megarec_kernels
     with a backward of their own are recomputed whatever they consist of.
+    `compile` compiles each block by torch.compile, which takes minutes at the start of a run.
     `hold_core` keeps a looped core gathered over its recurrences; false gathers each of its blocks
     anew, which costs less memory and much communication.
     """
@@ -182,6 +183,7 @@ class ParallelConfig(StrictModel):
     hold_core: bool = True
     activation_checkpointing: Literal["none", "selective", "full", "recurrence"] = "none"
     saved_ops: Annotated[tuple[str, ...], Tuple, Field(min_length=1)] = SAVED_OPS
+    compile: bool = False
 
     @property
     def stages_per_rank(self) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import SerializeAsAny, model_validator
 
+from megarec.config.activations import Numbers
 from megarec.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Registered, StrictModel
 from megarec.config.depth import DepthConfig
 
@@ -51,6 +52,10 @@ class StackConfig(Registered):
         """Return the FLOPs of the forward pass beside the blocks, per token."""
         return 0.0
 
+    def activations(self, d_model: int) -> Numbers:
+        """Return what a recurrence keeps for the backward pass beside its blocks, a token."""
+        return Numbers()
+
     def states_kept(self, num_layers: int) -> list[int]:
         """Return of how many runs of each block the decoding state is kept."""
         return [1] * num_layers
@@ -86,6 +91,10 @@ class UpdateConfig(Registered):
     def flops_per_token(self, d_model: int) -> float:
         """Return the FLOPs of one update, per token (matmuls)."""
         return 0.0
+
+    def activations(self, d_model: int) -> Numbers:
+        """Return what an update keeps for the backward pass, a token."""
+        return Numbers()
 
     @abstractmethod
     def build(self, d_model: int) -> "Update":
@@ -240,6 +249,11 @@ class LoopedConfig(StackConfig):
         adapter = 2.0 * d_model * d_model * (r + 1) if self.inject == "concat" else 0.0
         parts = [part for part in (self.update, self.halt) if part is not None]
         return adapter + r * sum(part.flops_per_token(d_model) for part in parts)
+
+    def activations(self, d_model: int) -> Numbers:
+        """Count what adapter and update read; what a halting rule keeps is not counted."""
+        adapter = Numbers(narrow=d_model if self.inject == "concat" else 0)
+        return adapter if self.update is None else adapter + self.update.activations(d_model)
 
     def states_kept(self, num_layers: int) -> list[int]:
         """As many of the core's as the cache has slots."""

@@ -67,6 +67,10 @@ class Block(nn.Module):
             x_BTD = self.mixer_residual(x_BTD if self.skip is None else self.skip(x_BTD), y_BTD)
         return self._feed_forward(x_BTD), after
 
+    def compile_forward(self, backend: str) -> None:
+        """Have torch.compile compile, at its first run, what runs a whole sequence."""
+        self._forward = torch.compile(self._forward, backend=backend)  # type: ignore[method-assign]
+
     def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
         """Run the block on one token x (batch, d_model)."""
         after: State = {}

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megarec.config.activations import Numbers, rms_norm
 from megarec.config.base import PositiveFloat
 from megarec.config.stack import UpdateConfig
 from megarec.models.init import Initializer
@@ -70,6 +71,10 @@ class GatedConfig(UpdateConfig):
         """Count W."""
         return 4.0 * d_model * d_model
 
+    def activations(self, d_model: int) -> Numbers:
+        """Count [F; s], F, s and z in float32."""
+        return Numbers(narrow=2 * d_model, wide=2 * d_model, copies=d_model)
+
     def build(self, d_model: int) -> Update:
         """Build the module."""
         return Gated(self, d_model)
@@ -114,6 +119,10 @@ class NormedConfig(UpdateConfig):
     def num_params(self, d_model: int) -> int:
         """Count the norm's scale."""
         return d_model
+
+    def activations(self, d_model: int) -> Numbers:
+        """Count the norm's."""
+        return rms_norm(d_model)
 
     def build(self, d_model: int) -> Update:
         """Build the module."""

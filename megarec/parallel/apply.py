@@ -15,6 +15,7 @@ from megarec.config.schema import Config, ParallelConfig
 from megarec.models.backbone import Backbone
 from megarec.models.block import Block, find_ops
 from megarec.optim.build import freeze
+from megarec.parallel.compile import compile_blocks
 from megarec.parallel.mesh import data_mesh
 from megarec.parallel.pipeline import Stage, shared_modules, split
 from megarec.parallel.stages import parts, rank_of
@@ -59,11 +60,17 @@ class Sharded:
         return found
 
 
-def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) -> Sharded:
+def build_sharded_model(
+    config: Config,
+    mesh: DeviceMesh,
+    device: torch.device,
+    compile_backend: str = "inductor",
+) -> Sharded:
     """Build what this rank holds of the model; no rank ever holds the whole of it.
 
-    In order: on meta, freeze, split for the pipeline, divide tensors, recompute, shard; then
-    initialise. The weights depend on the seed alone, not on the mesh.
+    In order: on meta, freeze, split for the pipeline, divide tensors, recompute, compile, shard;
+    then initialise. The weights depend on the seed alone, not on the mesh. `compile_backend` is
+    torch.compile's.
     Raises UserError for a learning-rate scale that matches no parameter.
     """
     with torch.device("meta"):
@@ -72,6 +79,8 @@ def build_sharded_model(config: Config, mesh: DeviceMesh, device: torch.device) 
     stages = split(model, config, mesh)
     split_tensors(model, mesh)
     recompute(model, config.parallel)
+    if config.parallel.compile:
+        compile_blocks(model, compile_backend)
     shard(model, config, mesh, stages)
     model.to_empty(device=device)
     model.init_weights(config.seed, assign_shard)

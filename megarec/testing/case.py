@@ -69,6 +69,14 @@ class Case:
         """Build the model in float32, with every parameter random."""
         return random_model(self.config, seed)
 
+    def narrow_model(self) -> Backbone:
+        """Build it in bfloat16, but for what stays in float32."""
+        model = self.model().bfloat16()
+        for _, block in model.layers():
+            for module in block.float32_modules():
+                module.float()
+        return model
+
     def ids(self, num_rows: int = NUM_ROWS, num_tokens: int = NUM_TOKENS, seed: int = 0) -> Tensor:
         """Draw tokens, int64 (B, T)."""
         generator = torch.Generator().manual_seed(seed)

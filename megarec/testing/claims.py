@@ -15,12 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from megarec.checkpoint import dcp
 from megarec.config.mixer import MixerConfig
 from megarec.config.model import ModelConfig
+from megarec.config.schema import SAVED_OPS
 from megarec.errors import UserError
 from megarec.models.backbone import Backbone, build_model
+from megarec.models.block import find_ops
 from megarec.models.context import Context
 from megarec.models.mixer import Mixer
 from megarec.parallel.tensor import divided_dim
 from megarec.testing.case import NUM_ROWS, NUM_TOKENS, Case, close, kernels, require
+from megarec.testing.memory import LiveBytes
 
 PLAN_STYLES = ("column", "row", "head", "replicate")
 FLOP_LENGTHS = (8, 32)
@@ -29,6 +32,10 @@ FLOP_LENGTHS = (8, 32)
 LEFT_OUT = 0.3
 """Share of the work inside chunks that an estimate may leave out: sums of gates, a normaliser, and
 whether a triangle of L x L has half as many elements or L / 2 more."""
+
+KEPT = 0.1
+"""By what share an estimate of activations may be off: it leaves out a mask of attention, what is
+padded, and numbers of which there are a few a token."""
 
 
 @torch.no_grad()
@@ -115,6 +122,32 @@ def _flops(function: Callable[[], object]) -> int:
 def _baddbmm_flops(_: object, a: tuple[int, ...], b: tuple[int, ...], **kwargs: object) -> int:
     num_matrices, rows, inner = a
     return 2 * num_matrices * rows * inner * b[2]
+
+
+def activations(case: Case) -> None:
+    """`activations` of each block is what its forward pass keeps, all of it and under `selective`.
+
+    In float32 and bfloat16, on packed documents.
+    """
+    config = case.config
+    for model in (case.model(), case.narrow_model()):
+        dtype = model.embedding.weight.dtype
+        width = dtype.itemsize
+        for name in dict.fromkeys(config.pattern):
+            block = model.block(config.pattern.index(name))
+            needs = config.blocks[name].activations(config.d_model, NUM_TOKENS)
+            shape = NUM_ROWS, NUM_TOKENS, config.d_model
+            x_BTD = torch.randn(shape, dtype=dtype, requires_grad=True)
+            saved = width * config.d_model + needs.saved.bytes(width)
+            for how, claimed in (("none", needs.kept.bytes(width)), ("selective", saved)):
+                block.recompute = how == "selective"
+                block.saved_ops = find_ops(SAVED_OPS)
+                with kernels("eager"), LiveBytes() as live:
+                    y_BTD = block(x_BTD.clone(), case.packed())[0]
+                    kept = live.bytes() - y_BTD.untyped_storage().nbytes()
+                where = f"block {name}: activations, {width} bytes a number, {how}: bytes a token"
+                real = kept / (NUM_ROWS * NUM_TOKENS)
+                _between(where, claimed, (1 - KEPT) * real, (1 + KEPT) * real)
 
 
 def declarations(case: Case) -> None:

@@ -38,6 +38,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         numerics.bfloat16,
         claims.sizes,
         claims.flops,
+        claims.activations,
         claims.declarations,
         claims.division,
         claims.seeds,

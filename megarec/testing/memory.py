@@ -1,5 +1,6 @@
 """Count the bytes of tensors on the CPU by kind, over the forward, backward and step of a model."""
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -7,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megarec.optim.clip import local_shard
+
+FSDP = "torch.distributed.fsdp"
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,11 @@ class Memory:
         parameters: of the model: what this rank holds of them.
         gradients: of those, after the backward pass.
         optimizer: states that are as large as a parameter.
-        gathered: whole parameters that FSDP holds from the forward to the backward pass.
-        activations: what else the forward pass made that the backward pass needs.
-        peak: the most that was alive at one time of all that forward and backward pass made.
+        gathered: the most that FSDP holds at one time: gathered parameters, and gradients that it
+            reduces, but not before it is given them.
+        activations: what the forward pass made that the backward pass needs.
+        peak: the most that was alive at one time of all that forward and backward pass made, but
+            for what FSDP made.
     """
 
     parameters: int
@@ -39,23 +43,24 @@ def measure(
     model: nn.Module,
     forward: Callable[[], Tensor],
     optimizer: torch.optim.Optimizer | None = None,
+    after_backward: Callable[[], None] = lambda: None,
 ) -> Memory:
     """Run forward, backward and, if there is one, the optimizer, and return what they hold.
 
     Args:
-        model: on the CPU; its gradients are removed first.
+        model: on the CPU; its gradients are removed first. Under FSDP it has not run yet: what it
+            gathers into must be new.
         forward: runs the model and returns a tensor; what else it makes it must let go.
         optimizer: of the model's parameters.
+        after_backward: what has to follow a backward pass.
     """
     model.zero_grad(set_to_none=True)
     held = [local_shard(parameter) for parameter in model.parameters()]
     with LiveBytes() as live:
         result = forward()
-        # FSDP puts the whole parameters in place of its shards as long as it holds them.
-        whole = _storages(local_shard(parameter) for parameter in model.parameters())
-        gathered = live.bytes(only=whole)
-        activations = live.bytes() - gathered - result.untyped_storage().nbytes()
+        activations = live.bytes() - result.untyped_storage().nbytes()
         result.sum().backward()
+        after_backward()
     parameters = list(model.parameters())
     gradients = [local_shard(p.grad) for p in parameters if p.grad is not None]
     states: list[Tensor] = []
@@ -67,7 +72,7 @@ def measure(
         parameters=num_bytes(held),
         gradients=num_bytes(gradients),
         optimizer=num_bytes(states),
-        gathered=gathered,
+        gathered=live.peak_of_fsdp,
         activations=activations,
         peak=live.peak,
     )
@@ -81,40 +86,51 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 class LiveBytes(TorchDispatchMode):
     """Watches the storages that operations make, and what is left of them.
 
-    `peak` is the largest sum of those that were alive after an operation.
+    `peak` is the largest sum of those that were alive after an operation, `peak_of_fsdp` that of
+    those that FSDP made, which are kept apart.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
-        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.peak = self.peak_of_fsdp = 0
+        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], bool]] = {}
 
-    def bytes(self, only: set[int] | None = None) -> int:
-        """Return the bytes that are alive, of all or of some storages (see `_storages`)."""
+    def bytes(self, of_fsdp: bool = False) -> int:
+        """Return the bytes that are alive, of what FSDP made or of what all others did."""
         total = 0
-        for storage_id, reference in list(self._alive.items()):
+        for storage_id, (reference, made_by_fsdp) in list(self._alive.items()):
             storage = reference()
             if storage is None:
                 del self._alive[storage_id]
-            elif only is None or storage._cdata in only:
+            elif made_by_fsdp == of_fsdp:
                 total += storage.nbytes()
         return total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and note the storages that are new in its results."""
-        given = _storages(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         results = func(*args, **(kwargs or {}))
-        for x in tree_leaves(results):
-            if isinstance(x, Tensor) and not isinstance(x, DTensor):
-                storage = x.untyped_storage()
-                if storage._cdata not in given:
-                    self._alive[id(storage)] = weakref.ref(storage)
+        for storage in _storages(results):
+            if storage._cdata not in given:
+                self._alive[id(storage)] = weakref.ref(storage), _fsdp_calls()
         self.peak = max(self.peak, self.bytes())
+        self.peak_of_fsdp = max(self.peak_of_fsdp, self.bytes(of_fsdp=True))
         return results
 
 
-def _storages(tensors: Iterable[Tensor]) -> set[int]:
-    return {x.untyped_storage()._cdata for x in tensors if not isinstance(x, DTensor)}
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    tensors = [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+    return [local_shard(x).untyped_storage() for x in tensors]
+
+
+def _fsdp_calls() -> bool:
+    """Whether FSDP is among the callers. (Its hooks run beside the model, not around it.)"""
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        if caller.f_globals.get("__name__", "").startswith(FSDP):
+            return True
+        frame = caller
+    return False
 
 
 def _is_large(state: Any) -> bool:

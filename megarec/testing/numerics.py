@@ -164,10 +164,7 @@ def bfloat16(case: Case) -> None:
     ids, after = case.ids(), case.ids(num_tokens=1, seed=1)
     expected, wide_state = case.model()(ids, return_state=True)
     rounding = (case.model().bfloat16().float()(ids) - expected).norm()
-    model = case.model().bfloat16()
-    for _, block in model.layers():
-        for module in block.float32_modules():
-            module.float()
+    model = case.narrow_model()
     logits, state = model(ids, return_state=True)
     _, next_state = run_steps(model, after, state)
     require(logits.dtype == torch.float32, f"bfloat16: logits are {logits.dtype}")

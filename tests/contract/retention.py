@@ -11,6 +11,7 @@ from megarec_kernels.gated_linear_attention import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megarec.config.activations import Activations, Numbers, linear_attention
 from megarec.config.base import PositiveFloat, PositiveInt
 from megarec.config.mixer import MixerConfig
 from megarec.models.context import Context
@@ -55,6 +56,17 @@ class RetentionConfig(MixerConfig):
     def state_bytes(self, d_model: int, seq_len: int) -> int:
         """A matrix of keys x values a head, whatever the length."""
         return 4 * (d_model // self.num_heads) * self.v_dim_factor * d_model
+
+    def activations(self, d_model: int, seq_len: int) -> Activations:
+        """Count x, the cell, its norm (of float32 y), the gate and what it multiplies."""
+        v, heads = self.v_dim_factor * d_model, self.num_heads
+        around = Activations(
+            kept=Numbers(narrow=d_model + 5 * v, wide=2 * heads, copies=v),
+            saved=Numbers(narrow=2 * d_model + 2 * v + d_model),
+        )
+        return around + linear_attention(
+            heads, d_model // heads, v // heads, self.chunk_size, seq_len
+        )
 
     def build(self, d_model: int) -> "Retention":
         """Build the module."""

@@ -9,7 +9,9 @@ import torch
 from contract.retention import Retention, RetentionConfig
 from torch import Tensor
 
+from megarec.config.activations import Activations, Numbers, causal_conv
 from megarec.config.mixer import MixerConfig
+from megarec.config.model import FFNConfig
 from megarec.errors import UserError
 from megarec.models.context import Context
 from megarec.models.init import Initializer
@@ -97,6 +99,11 @@ DEFECTS: dict[str, tuple[object, str, object]] = {
     "bfloat16": (Retention, "forward", narrow_memory),
     "sizes": (RetentionConfig, "num_params", lambda self, d_model: num_params(self, d_model) + 1),
     "flops": (RetentionConfig, "flops_per_token", lambda self, d_model, seq_len: 6.0 * d_model),
+    "activations": (
+        RetentionConfig,
+        "activations",
+        lambda self, d, n: FFNConfig(d_ff=d).activations(d),
+    ),
     "declarations": (Retention, "tp_plan", lambda self: {"*.weight": "row"}),
     "division": (Retention, "forward", adds_input),
     "seeds": (Retention, "init_weights", all_alike),
@@ -169,6 +176,42 @@ def test_a_wrong_formula_is_found(name: str, monkeypatch: pytest.MonkeyPatch) ->
     )
     with pytest.raises(AssertionError, match="flops_per_token"):
         CHECKS["flops"](case)
+
+
+# What a wrong formula would add to what is kept (d_model, seq_len).
+WRONG_ACTIVATIONS: dict[str, tuple[MixerConfig, Callable[[Any, int, int], Numbers]]] = {
+    "mlstm without the states of chunks": (
+        MLSTMConfig(num_heads=2, chunk_size=8),
+        lambda c, d, n: Numbers(wide=-(c.state_bytes(d, n) / 4) * (1 / 8 + 1 / n)),
+    ),
+    "mlstm without float32 copies": (
+        MLSTMConfig(num_heads=2, chunk_size=8),
+        lambda c, d, n: Numbers(copies=-2 * d),
+    ),
+    "mamba2 without the convolution": (
+        Mamba2Config(num_heads=4, head_dim=8, state_dim=8, chunk_size=8),
+        lambda c, d, n: Numbers() - causal_conv(sum(c.stream_widths().values()), c.conv_kernel),
+    ),
+    "attention without keys and values": (
+        AttentionConfig(num_heads=2),
+        lambda c, d, n: Numbers(narrow=-2 * d),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ACTIVATIONS)
+def test_a_wrong_estimate_of_memory_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, wrong = WRONG_ACTIVATIONS[name]
+    right = type(config).activations
+    case = Case(small_model(config.model_dump()))
+    CHECKS["activations"](case)
+    monkeypatch.setattr(
+        type(config),
+        "activations",
+        lambda self, d, n: right(self, d, n) + Activations(kept=wrong(self, d, n)),
+    )
+    with pytest.raises(AssertionError, match="activations"):
+        CHECKS["activations"](case)
 
 
 def test_an_adaptive_solver_may_be_less_exact(monkeypatch: pytest.MonkeyPatch) -> None:

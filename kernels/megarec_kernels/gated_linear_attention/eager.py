@@ -6,7 +6,6 @@ Suffixes as in chunks.py, and X = N * B * H, Y = N * B * G, K key dim, V value d
 ``normalize``, a last column of ones: what it sums up is the normaliser.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,7 +116,8 @@ class _Chunkwise(torch.autograd.Function):
         column_NBHL = out_NBHLV[..., Dv] if normalize else None
         factor_NBHL, slope_NBHL, kept_NBHL = _output_factor(column_NBHL, gates, scale, plain)
         y_pad = v.new_empty(B, N * L, H, Dv)
-        torch.mul(out_NBHLV[..., :Dv], factor_NBHL[..., None], out=split_tokens(y_pad, N, L))
+        # Here and in backward not by out=: torch.compile (2.13) loses the strides of such views.
+        split_tokens(y_pad, N, L).copy_(out_NBHLV[..., :Dv].mul_(factor_NBHL[..., None]))
         y = y_pad[:, :T]
 
         ctx.mark_non_differentiable(gates.final_m_BH)
@@ -149,7 +149,7 @@ class _Chunkwise(torch.autograd.Function):
 
         dout_XLV = torch.empty_like(v_XLV)
         dout_NBHLV = dout_XLV.view(N, B, H, L, -1)
-        torch.mul(split_tokens(dy, N, L), factor_NBHL[..., None], out=dout_NBHLV[..., :Dv])
+        dout_NBHLV[..., :Dv].copy_(split_tokens(dy, N, L)).mul_(factor_NBHL[..., None])
         dquery_NBHL = split_gate((y.to(dtype) * dy).sum(-1), N, L)
         if normalize:
             dout_NBHLV[..., Dv] = dquery_NBHL * slope_NBHL
@@ -197,7 +197,11 @@ class _Chunkwise(torch.autograd.Function):
         )
 
 
-_chunkwise: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Chunkwise.apply
+@torch.compiler.allow_in_graph
+def _chunkwise(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply it; torch.compile takes it as a whole and traces both of its passes."""
+    result: tuple[Tensor, Tensor, Tensor] = _Chunkwise.apply(*args)
+    return result
 
 
 def _output_factor(

@@ -65,6 +65,9 @@ class Report:
         return max(0, len(self.residuals) - 1)
 
 
+@torch.compiler.disable(
+    reason="Newton's method looks at its residuals, and what it does hangs on them"
+)
 def newton_rnn_eager(
     cell: Cell,
     u_BTVD: Tensor,

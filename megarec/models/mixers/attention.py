@@ -6,6 +6,7 @@ import torch
 from megarec_kernels.attention import attention
 from torch import Tensor, nn
 
+from megarec.config.activations import Activations, Numbers, rms_norm
 from megarec.config.base import PositiveFloat, PositiveInt
 from megarec.config.mixer import MixerConfig
 from megarec.models.context import Context, positions
@@ -96,6 +97,20 @@ class AttentionConfig(MixerConfig):
         """Keys and values of the tokens that the next one sees, and its position (int64)."""
         cached = seq_len if self.window is None else min(seq_len, self.window - 1)
         return 4 * 2 * self.kv_heads() * self.head_width(d_model) * cached + 8
+
+    def activations(self, d_model: int, seq_len: int) -> Activations:
+        """Count x, queries, keys, values and y; a mask is not counted, as GPUs need none."""
+        width = self.head_width(d_model)
+        q, kv = self.num_heads * width, self.kv_heads() * width
+        angles = 0 if self.rope is None else self.rope.size(width)
+        kept = Numbers(narrow=d_model + 2 * q + 2 * kv, wide=self.num_heads + angles)
+        if self.qk_norm:
+            kept += rms_norm(q) + rms_norm(kv)
+        return Activations(
+            kept=kept,
+            saved=Numbers(narrow=2 * q + 2 * kv + d_model, wide=self.num_heads),
+            work=Numbers(narrow=3 * q + 2 * kv),
+        )
 
     def build(self, d_model: int) -> "Attention":
         """Build the module."""

@@ -13,6 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megarec.config.activations import (
+    Activations,
+    Numbers,
+    causal_conv,
+    gated_group_norm,
+    linear_attention,
+)
 from megarec.config.base import NonNegativeFloat, Pair, PositiveFloat, PositiveInt, Tuple
 from megarec.config.mixer import MixerConfig
 from megarec.models.context import Context
@@ -100,6 +107,24 @@ class Mamba2Config(MixerConfig):
         """The memory (state_dim x head_dim a head) and the convolution's last inputs."""
         conv = sum(self.stream_widths().values())
         return 4 * (self.inner() * self.state_dim + (self.conv_kernel - 1) * conv)
+
+    def activations(self, d_model: int, seq_len: int) -> Activations:
+        """Count x, the convolution, step sizes, the cell, the skip of float32 v, the norm."""
+        conv, inner, heads = sum(self.stream_widths().values()), self.inner(), self.num_heads
+        around = Activations(
+            kept=Numbers(narrow=d_model + inner, wide=inner + 5 * heads, copies=inner)
+            + causal_conv(conv, self.conv_kernel)
+            + gated_group_norm(inner, self.num_groups),
+            saved=Numbers(narrow=conv + inner + heads + d_model),
+        )
+        return around + linear_attention(
+            heads,
+            self.state_dim,
+            self.head_dim,
+            self.chunk_size,
+            seq_len,
+            num_groups=self.num_groups,
+        )
 
     def build(self, d_model: int) -> "Mamba2":
         """Build the module."""

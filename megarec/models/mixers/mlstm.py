@@ -11,6 +11,7 @@ from megarec_kernels.gated_linear_attention import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megarec.config.activations import Activations, Numbers, linear_attention
 from megarec.config.base import Pair, PositiveFloat, PositiveInt
 from megarec.config.mixer import MixerConfig
 from megarec.models.context import Context
@@ -82,6 +83,17 @@ class MLSTMConfig(MixerConfig):
         """C (Dk x Dv), n (Dk) and m (1) a head, in float32, whatever the length."""
         dk, dv = self.qk_dim(d_model) // self.num_heads, self.v_dim(d_model) // self.num_heads
         return 4 * self.num_heads * (dk * dv + dk + 1)
+
+    def activations(self, d_model: int, seq_len: int) -> Activations:
+        """Count x twice (the gates read it in float32), the cell, its norm and the output gate."""
+        qk, v, heads = self.qk_dim(d_model), self.v_dim(d_model), self.num_heads
+        around = Activations(
+            kept=Numbers(narrow=d_model + 4 * v, wide=5 * heads, copies=d_model + v),
+            saved=Numbers(narrow=2 * qk + 2 * v + d_model, wide=2 * heads),
+        )
+        return around + linear_attention(
+            heads, qk // heads, v // heads, self.chunk_size, seq_len, normalize=True
+        )
 
     def build(self, d_model: int) -> "MLSTM":
         """Build the module."""

@@ -15,6 +15,7 @@ from megarec_kernels.newton_rnn import (
 from pydantic import Field
 from torch import Tensor, nn
 
+from megarec.config.activations import Activations, Numbers, causal_conv, gated_group_norm
 from megarec.config.base import PositiveFloat, PositiveInt
 from megarec.config.mixer import MixerConfig
 from megarec.models.context import Context
@@ -77,6 +78,22 @@ class NewtonMixerConfig(MixerConfig):
     def state_bytes(self, d_model: int, seq_len: int) -> int:
         """The cell's state and the convolution's last inputs."""
         return 4 * d_model * (self.cell.num_slots + self.conv_kernel - 1)
+
+    def activations(self, d_model: int, seq_len: int) -> Activations:
+        """Count x, the convolution, the cell's inputs and states, the norm.
+
+        At work are the Jacobian, its copy in blocks and the products of the scan, with as many
+        numbers as it has each.
+        """
+        inputs, slots = self.cell.num_inputs, self.cell.num_slots
+        jacobian = slots if self.cell.structure == "diagonal" else slots * slots
+        return Activations(
+            kept=Numbers(narrow=3 * d_model, wide=(inputs + slots) * d_model)
+            + causal_conv(d_model, self.conv_kernel)
+            + gated_group_norm(d_model, self.num_heads),
+            saved=Numbers(narrow=(3 + inputs) * d_model),
+            work=Numbers(wide=(4 * jacobian + 4 * slots + 6) * d_model),
+        )
 
     def build(self, d_model: int) -> "NewtonMixer":
         """Build the module."""

@@ -90,7 +90,7 @@ def trainer_overhead(clock: Clock, rounds: int, *, small: bool) -> Iterator[Resu
     steps = 2 * rounds + clock.warm_up
 
     def work(trainer: Trainer) -> None:
-        bare = _bare_step(trainer)
+        bare = _bare_step(trainer, steps)
         signal = StopSignal()
 
         def step() -> None:
@@ -119,21 +119,24 @@ def trainer_overhead(clock: Clock, rounds: int, *, small: bool) -> Iterator[Resu
     )
 
 
-def _bare_step(trainer: Trainer) -> Callable[[], None]:
-    """Return a step as a script would make it: batches at hand, one model, nothing logged."""
+def _bare_step(trainer: Trainer, steps: int) -> Callable[[], None]:
+    """Return a step as a script would make it: batches at hand, one model, nothing logged.
+
+    The n-th call takes the batches of the trainer's n-th step.
+    """
     config = trainer.config
     model = build_model(config.model).train()
     optimizer = build_optimizer(model, config.optimizer)
     clip = config.optimizer.grad_clip or float("inf")
-    batches = [
-        (batch.input_ids, batch.labels, Context.from_doc_ids(batch.doc_ids))
-        for batch in trainer.loader.micro_batches(0)
-    ]
-    num_tokens = sum(int((labels != -100).sum()) for _, labels, _ in batches)
+    size = config.train.global_batch_size
+    batches = iter([trainer.loader.micro_batches(n * size) for n in range(steps)])
 
     def step() -> None:
-        for input_ids, labels, ctx in batches:
-            (model(input_ids, labels, ctx=ctx)[0] / num_tokens).backward()
+        micro_batches = next(batches)
+        num_tokens = sum(batch.num_tokens for batch in micro_batches)
+        for batch in micro_batches:
+            ctx = Context.from_doc_ids(batch.doc_ids)
+            (model(batch.input_ids, batch.labels, ctx=ctx)[0] / num_tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -86,7 +86,7 @@ def trainer_overhead(clock: Clock, rounds: int, *, small: bool) -> Iterator[Resu
     recipe = "tiny/xlstm.yaml" if small else "quickstart.yaml"
     found: list[Comparison] = []
     # The difference is small: more rounds than usual.
-    rounds = rounds if small else 3 * rounds
+    rounds = rounds if small else 2 * rounds
     steps = 2 * rounds + clock.warm_up
 
     def work(trainer: Trainer) -> None:

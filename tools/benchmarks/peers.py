@@ -79,7 +79,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensors:
 
 def fla_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensors:
     """The short convolution with SiLU of fla."""
-    from fla.modules.convolution import causal_conv1d as convolution
+    from fla.modules.causal_conv1d import causal_conv1d as convolution
 
     return {"y": convolution(x, weight, bias, activation="silu")[0]}
 
@@ -93,7 +93,7 @@ def liger_rms_norm(eps: float, x: Tensor, weight: Tensor) -> Tensors:
 
 def fla_rms_norm(eps: float, x: Tensor, weight: Tensor) -> Tensors:
     """RMSNorm of fla."""
-    from fla.modules.layernorm import rms_norm
+    from fla.modules.norm.layernorm import rms_norm
 
     return {"y": rms_norm(x, weight, None, eps=eps)}
 

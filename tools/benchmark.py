@@ -1,160 +1,127 @@
-"""Measure training steps against transformers: the same weights, batch and optimizer on both sides.
+"""Measure megarec: ops and models on a CPU, kernels on a GPU, a recipe's training speed.
 
-For each recipe the model is exported, loaded in transformers (its plain torch path on a CPU), and
-checked to give the same logits; then both sides take turns (A B B A) at whole training steps:
-forward, backward, AdamW. What counts is the ratio of the medians.
+    python tools/benchmark.py --suite cpu                       # one thread, under 3 minutes
+    python tools/benchmark.py --suite gpu --out gpu.json        # under 8 minutes
+    python tools/benchmark.py --suite train --config xlstm_7b.yaml model.num_layers=4
+
+Each form is checked against a slow one in float64 before it is timed, and timed in turns with ours
+(tools/benchmarks/protocol.py). The exit code is 1 where one of ours is wrong or fails.
 """
 
 import argparse
 import json
 import os
-import platform
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
-import transformers
-from torch import Tensor
+from benchmarks import report
+from benchmarks.protocol import MAX_LOAD, Clock, load_average
+from benchmarks.report import Result, Row
+from megarec_kernels.check import first_line
+from megarec_kernels.dispatch import ENVIRONMENT_VARIABLE
 
-from megarec.cli import check_new_file, run
-from megarec.config.loader import load_config
-from megarec.conversion import export_hf
-from megarec.models import Backbone, build_model
+from megarec.errors import EXIT_USER_ERROR, UserError
 
-RECIPES = ("quickstart.yaml", "quickstart_mamba2.yaml", "quickstart_hybrid.yaml")
-GATE = 1e-4
-"""Largest difference of logits (float32) at which two models count as the same."""
+Parts = Mapping[str, Callable[[], Iterator[Result]]]
 
 
-@dataclass(frozen=True)
-class Result:
-    """Training steps of one recipe, ours and theirs; seconds are medians."""
-
-    recipe: str
-    architecture: str
-    parameters: int
-    tokens: int
-    largest_logit_difference: float
-    our_seconds: float
-    their_seconds: float
-    ratio: float
-    ratio_range: tuple[float, float]
-
-
-def main() -> None:
-    """Parse the command line, measure, print a table, write JSON."""
+def main() -> int:
+    """Parse the command line, measure, print tables, write JSON; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--suite", choices=("train",), default="train")
-    add("--config", nargs="*", default=RECIPES, help="recipes whose models are measured")
-    add("--rounds", type=int, default=5, help="of A B B A")
-    add("--threads", type=int, default=1)
+    add("--suite", choices=("cpu", "gpu", "train"), required=True)
+    add("--parts", nargs="+", help="of the suite: these alone")
+    add("--smoke", action="store_true", help="the same code at tiny sizes, on the CPU")
+    add("--config", default="quickstart.yaml", help="of the train suite: a recipe")
+    add("--steps", type=int, default=10, help="of the train suite: how many are measured")
+    add("overrides", nargs="*", metavar="key=value", help="of the recipe")
     add("--out", type=Path, help="JSON file to write")
     add("--force", action="store_true", help="replace it")
     args = parser.parse_args()
-    if args.out is not None:
-        check_new_file(args.out, force=args.force)
-    torch.set_num_threads(args.threads)
+    if args.out is not None and args.out.exists() and not args.force:
+        raise UserError(f"--out {args.out}: exists; give another name, or --force to replace it")
+    if args.overrides and args.suite != "train":
+        raise UserError(f"{args.overrides[0]}: only --suite train takes key=value")
+    if forced := os.environ.get(ENVIRONMENT_VARIABLE):
+        raise UserError(f"{ENVIRONMENT_VARIABLE}={forced} makes all forms that one; unset it")
 
-    results = [measure(recipe, args.rounds) for recipe in args.config]
-    load = os.getloadavg()[0]
-    machine = {
-        "machine": platform.machine(),
-        "threads": args.threads,
-        "load": load,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+    device = _device(args)
+    if args.suite == "cpu":
+        torch.set_num_threads(1)
+    parts = _parts(args, Clock(device))
+    unknown = sorted(set(args.parts or ()) - parts.keys())
+    if unknown:
+        raise UserError(f"--parts {unknown[0]}: expected some of {', '.join(parts)}")
+    facts = report.machine(device)
+    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
+    print(f"load: {load_average():.1f}", flush=True)
+
+    results: list[Result] = []
+    for name, part in parts.items():
+        if args.parts is None or name in args.parts:
+            print(f"measuring {name} ...", file=sys.stderr, flush=True)
+            results += _measured(name, part)
+    on_cpu = device.type == "cpu"
+    print(f"\n{report.markdown(results, on_cpu=on_cpu)}")
+    if any(report.verdict(result, on_cpu=on_cpu) == "void" for result in results):
+        print(f"\nvoid: measured at a load above {MAX_LOAD}; run it again on a quiet machine")
+    if args.out is not None:
+        text = json.dumps(report.as_json(args.suite, results, facts, on_cpu=on_cpu), indent=2)
+        args.out.write_text(text + "\n")
+    return 1 if any(isinstance(r, Row) and r.our_fault for r in results) else 0
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    found = torch.accelerator.current_accelerator()
+    if args.smoke or args.suite == "cpu":
+        return torch.device("cpu")
+    if found is None and args.suite == "gpu":
+        raise UserError("--suite gpu: no GPU here; --smoke tries the same code on the CPU")
+    return found or torch.device("cpu")
+
+
+def _parts(args: argparse.Namespace, clock: Clock) -> Parts:
+    """Return what the suite measures; modules are imported here, since a suite needs its own."""
+    if args.suite == "train":
+        from benchmarks.running import train
+
+        return {"train": lambda: train(args.config, args.overrides, args.steps)}
+    suite: Any
+    if args.suite == "cpu":
+        from benchmarks import cpu as suite
+    else:
+        from benchmarks import gpu as suite
+    sizes = suite.SMOKE if args.smoke else suite.Sizes()
+    return {
+        name: lambda measure=measure: measure(sizes, clock) for name, measure in suite.PARTS.items()
     }
-    print(f"{', '.join(f'{key} {value}' for key, value in machine.items())}")
-    print("| recipe | parameters | tokens | transformers, ms | megarec, ms | ratio | range |")
-    print("|---|---|---|---|---|---|---|")
-    for r in results:
-        print(
-            f"| {r.recipe} ({r.architecture}) | {r.parameters:,} | {r.tokens:,} "
-            f"| {1e3 * r.their_seconds:.0f} | {1e3 * r.our_seconds:.0f} | {r.ratio:.2f} "
-            f"| {r.ratio_range[0]:.2f} to {r.ratio_range[1]:.2f} |"
-        )
-    if args.out is not None:
-        report = {"machine": machine, "results": [asdict(result) for result in results]}
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def measure(recipe: str, rounds: int) -> Result:
-    """Compare one recipe's model with transformers' on one micro-batch of the recipe."""
-    config = load_config(recipe)
-    model = build_model(config.model).train()
-    with tempfile.TemporaryDirectory() as folder:
-        export_hf(model, Path(folder) / "export")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "export").train()
-    shape = (config.train.micro_batch_size, config.train.seq_len + 1)
-    ids = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        difference = (model(ids) - theirs(ids).logits).abs().max().item()
-    if not difference < GATE:
-        raise RuntimeError(f"{recipe}: logits differ by {difference:.2g}, more than {GATE}")
-
-    ours = trainer(model, lambda: our_loss(model, ids))
-    other = trainer(theirs, lambda: their_loss(theirs, ids))
-    for step in (ours, other):
-        step()
-    our_times, their_times, ratios = [], [], []
-    for _ in range(rounds):
-        first, second = timed(ours), timed(other)
-        third, fourth = timed(other), timed(ours)
-        our_times += [first, fourth]
-        their_times += [second, third]
-        ratios.append((second + third) / (first + fourth))
-    return Result(
-        recipe=recipe,
-        architecture=type(theirs).__name__,
-        parameters=config.model.num_params(),
-        tokens=shape[0] * (shape[1] - 1),
-        largest_logit_difference=difference,
-        our_seconds=statistics.median(our_times),
-        their_seconds=statistics.median(their_times),
-        ratio=statistics.median(ratios),
-        ratio_range=(min(ratios), max(ratios)),
-    )
-
-
-def our_loss(model: Backbone, ids: Tensor) -> Tensor:
-    """Return the mean loss."""
-    loss_sum, num_tokens = model(ids[:, :-1], ids[:, 1:].contiguous())
-    return loss_sum / num_tokens
-
-
-def their_loss(model: Any, ids: Tensor) -> Tensor:
-    """Return the mean loss; the class shifts the labels itself."""
-    return model(ids, labels=ids, use_cache=False).loss
-
-
-def trainer(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """Return a function that makes one training step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-
-    def step() -> None:
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def timed(step: Callable[[], None]) -> float:
-    """Return the seconds that one step takes."""
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
+def _measured(name: str, part: Callable[[], Iterator[Result]]) -> list[Result]:
+    """Return a part's results, and its failure as one of them: the other parts go on."""
+    results: list[Result] = []
+    try:
+        for result in part():
+            results.append(result)
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        # A machine that measures kernels alone need not have what models need.
+        results.append(Row(name, "all", "", "", "not installed", first_line(error)))
+    except Exception as error:
+        results.append(Row(name, "all", "", "", "failed", first_line(error), our_fault=True))
+    return results
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:
+        # As megarec.cli.run, whose imports a machine that measures kernels alone may lack.
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)

@@ -47,7 +47,7 @@ class FFNConfig(StrictModel):
 
     def activations(self, d_model: int) -> Activations:
         """Return what the backward pass needs, a token."""
-        hidden = 4 if self.gated else 2
+        hidden = 3 if self.gated else 2
         return Activations(
             kept=Numbers(narrow=d_model + hidden * self.d_ff),
             saved=Numbers(narrow=(1 + self.gated) * self.d_ff + d_model),

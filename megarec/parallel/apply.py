@@ -123,9 +123,12 @@ def shard(model: Backbone, config: Config, mesh: DeviceMesh, stages: Sequence[St
     Modules that a mixer keeps in float32 become units of their own. Master weights are float32;
     gradients are reduced in float32. The core of a looped stack is one unit, gathered once in a
     micro-batch and held over all recurrences, forward and backward (see `release_core`), unless
-    `hold_core` is false.
+    `hold_core` is false. One process that computes in float32 has nothing to gather or to cast:
+    its model stays as it is, and saves the copies.
     """
     compute = getattr(torch, config.precision.compute)
+    if mesh.size() == 1 and compute == torch.float32:
+        return
     reshard = config.parallel.reshards_after_forward
 
     def unit(modules: list[nn.Module], dtype: torch.dtype, reshard_after_forward: bool) -> None:

@@ -14,7 +14,7 @@ SOURCES = [path for folder in PACKAGES.values() for path in sorted(folder.rglob(
 SCRIPTS = [
     path
     for folder in ("pretrain", "data_prep", "tools")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
 # Layer -> what it may not import. Arrows: kernels <- models <- parallel <- train <- pretrain.

@@ -21,6 +21,8 @@ __all__ = [
     "newton_rnn",
 ]
 
+FORMS = ("reference", "eager")
+
 
 def newton_rnn(
     cell: Cell,
@@ -64,7 +66,7 @@ def newton_rnn(
     state_BKD = u_BTVD.new_zeros(B, cell.num_slots, D) if state is None else state.to(dtype)
     report = Report()
     # One token is one step, whatever solves longer sequences.
-    if u.shape[1] == 1 or choose_backend("newton_rnn", backend) == "reference":
+    if u.shape[1] == 1 or choose_backend("newton_rnn", backend, FORMS) == "reference":
         h_BTKD = walk(cell, u_BTVD, wide, state_BKD, resets)
     else:
         h_BTKD = newton_rnn_eager(cell, u_BTVD, wide, state_BKD, resets, solver or Solver(), report)

@@ -33,6 +33,10 @@ class Numbers:
             self.narrow - other.narrow, self.wide - other.wide, self.copies - other.copies
         )
 
+    def __truediv__(self, ranks: int) -> "Numbers":
+        """Divide each kind."""
+        return Numbers(self.narrow / ranks, self.wide / ranks, self.copies / ranks)
+
     def bytes(self, width: int) -> float:
         """Return the bytes a token, numbers of the compute dtype having `width`."""
         return width * self.narrow + 4 * self.wide + (4 * self.copies if width < 4 else 0)

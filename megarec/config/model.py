@@ -95,8 +95,24 @@ class BlockConfig(StrictModel):
         mixer = 0.0 if self.mixer is None else self.mixer.flops_per_token(d_model, seq_len)
         return mixer + (0.0 if self.ffn is None else self.ffn.flops_per_token(d_model))
 
-    def activations(self, d_model: int, seq_len: int) -> Activations:
-        """Return what the backward pass needs, a token; what the block reads included."""
+    def activations(self, d_model: int, seq_len: int, tp: int = 1) -> Activations:
+        """Return what the backward pass needs, a token; what the block reads included.
+
+        Of `tp` ranks each has some of the channels, or between mixer and FFN of the tokens. But
+        each reads all tokens there, and makes outputs of all, which are yet to be added up.
+        """
+        whole = self._activations(d_model, seq_len)
+        branches = (self.mixer is not None) + (self.ffn is not None)
+        # By how much the tokens of all ranks are more than those of one.
+        others = Numbers(narrow=d_model * (1 - 1 / tp))
+        gathered = Numbers(narrow=branches * others.narrow)
+        return Activations(
+            kept=whole.kept / tp + gathered,
+            saved=whole.saved / tp + gathered + gathered,
+            work=whole.work / tp + others + others,
+        )
+
+    def _activations(self, d_model: int, seq_len: int) -> Activations:
         total = Activations()
         if self.mixer is not None:
             total += self._branch(d_model, self.mixer.activations(d_model, seq_len))

@@ -8,6 +8,7 @@ from megarec.models.block import find_ops
 from megarec.parallel.compile import check_compile
 from megarec.parallel.mesh import place, resolve_axes
 from megarec.parallel.pipeline import check_stages
+from megarec.parallel.tensor import num_params_here
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,17 @@ def memory_per_rank(config: Config, dp_shard: int, micro_batches: int = 1) -> di
     chunk of logits, twice, in float32, and the gradient of its weight.
 
     In a pipeline stages are taken to be alike. Each rank has its share of everything, once for each
-    micro-batch in flight: `micro_batches` in gpipe, elsewhere as many as there are ranks.
+    micro-batch in flight: `micro_batches` in gpipe, elsewhere as many as there are ranks. Of what
+    tensor parallelism divides each has its part.
     """
     model, train = config.model, config.train
     width = compute_bytes(config)
-    num_params = model.num_params()
-    blocks = [block.num_params(model.d_model) for block in model.layers]
+    pp, tp = config.parallel.pp, config.parallel.tp
+    num_params = num_params_here(model, tp)
+    blocks = [block.num_params(model.d_model) / tp for block in model.layers]
     root = num_params - sum(blocks)
     tokens = train.micro_batch_size * train.seq_len
     held = sum(blocks[i] for i in model.stack.core_blocks) if config.parallel.hold_core else 0
-    pp = config.parallel.pp
     in_flight = micro_batches if config.parallel.pp_schedule == "gpipe" else pp
     gathered = root + 2.0 * max(blocks) + held
     if not config.parallel.reshards_after_forward:
@@ -82,7 +84,7 @@ def memory_per_rank(config: Config, dp_shard: int, micro_batches: int = 1) -> di
         "optimizer": 8.0 * num_params / dp_shard / pp,
         "gathered": width * gathered if dp_shard > 1 or width == 2 else 0.0,
         "activations": tokens * (kept * (in_flight / pp if pp > 1 else 1) + work),
-        "head": 4.0 * model.vocab_size * (2 * chunk + model.d_model),
+        "head": 4.0 * model.vocab_size / tp * (2 * chunk + model.d_model),
     }
 
 
@@ -95,13 +97,13 @@ def activation_bytes(config: Config) -> tuple[float, float]:
     where it is recomputed, what it kept: of one block, or of a whole recurrence; what runs after
     it is free by then. Memory for halting rules is not counted.
     """
-    model, how = config.model, config.parallel.activation_checkpointing
+    model, how, tp = config.model, config.parallel.activation_checkpointing, config.parallel.tp
     width = compute_bytes(config)
-    stream = float(width * model.d_model)
+    stream = width * model.d_model / tp
     core, recurrences = model.stack.core_blocks, model.stack.training_recurrences()
     runs = model.stack.times_trained(model.num_layers, recurrences)
-    beside = model.stack.activations(model.d_model).bytes(width)
-    blocks = [block.activations(model.d_model, config.train.seq_len) for block in model.layers]
+    beside = model.stack.activations(model.d_model).bytes(width) / tp
+    blocks = [block.activations(model.d_model, config.train.seq_len, tp) for block in model.layers]
     kept = peak = 0.0
     for i in range(model.num_layers):
         if i in core[1:]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from megarec.config.model import ModelConfig
 from megarec.models.backbone import Backbone
 from megarec.models.context import Context
 from megarec.models.head import Head
@@ -64,6 +65,19 @@ def layout(model: Backbone) -> dict[str, Placement]:
             plan |= {f"blocks.{i}.{kind}.{glob}": style for glob, style in styles.items()}
     dims = {name: divided_dim(name, p, plan) for name, p in model.named_parameters()}
     return {name: Replicate() if dim is None else Shard(dim) for name, dim in dims.items()}
+
+
+def num_params_here(config: ModelConfig, tp: int) -> int:
+    """Return the number of a model's parameters that each of `tp` ranks has."""
+    if tp == 1:
+        return config.num_params()
+    with torch.device("meta"):
+        model = Backbone(config)
+    placements = layout(model)
+    return sum(
+        parameter.numel() // (1 if placements[name].is_replicate() else tp)
+        for name, parameter in model.named_parameters()
+    )
 
 
 def divided_dim(name: str, parameter: Tensor, plan: dict[str, str]) -> int | None:

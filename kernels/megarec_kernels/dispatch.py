@@ -4,9 +4,13 @@ import functools
 import logging
 import os
 from collections.abc import Collection
+from importlib.util import find_spec
+
+from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "MEGAREC_KERNELS"
 BACKENDS = ("reference", "eager", "gpu")
+HAS_TRITON = find_spec("triton") is not None
 
 logger = logging.getLogger(__name__)
 
@@ -16,14 +20,16 @@ def choose_backend(
     backend: str,
     built: Collection[str] = ("reference", "eager"),
     fastest: str = "eager",
+    gpu_problem: str | None = None,
 ) -> str:
     """Return "reference", "eager" or "gpu" for ``op``, and log once why it was chosen.
 
     ``backend`` is what the caller asked for: "auto" takes ``fastest``, which the op names for the
     inputs at hand. ``built`` are the forms that the op has. The environment variable
-    MEGAREC_KERNELS, when set, overrides the caller.
+    MEGAREC_KERNELS, when set, overrides the caller. ``gpu_problem`` says why the form "gpu" cannot
+    run here, if so.
 
-    Raises ValueError for a backend that is unknown or not built.
+    Raises ValueError for a backend that is unknown, not built, or "gpu" where it cannot run.
     """
     forced = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if forced:
@@ -32,13 +38,26 @@ def choose_backend(
         asked, name, reason = backend, "backend", "asked for by the caller"
     if asked == "auto":
         asked, reason = fastest, "auto: the fastest that is built"
+        if gpu_problem is not None:
+            reason = f"auto: not gpu: {gpu_problem}"
     if asked not in BACKENDS:
         known = ", ".join(f"'{form}'" for form in ("auto", *built))
         raise ValueError(f"{op}: {name}: got {asked!r}, expected one of {known}")
     if asked not in built:
         raise ValueError(f"{op}: {name}='{asked}' is not built yet; use 'auto' or 'eager'")
+    if asked == "gpu" and gpu_problem is not None:
+        raise ValueError(f"{op}: {name}='gpu': {gpu_problem}")
     _log_once(op, asked, reason)
     return asked
+
+
+def triton_problem(x: Tensor) -> str | None:
+    """Return why Triton kernels cannot run where the tensor is, or None where they can."""
+    if not HAS_TRITON:
+        return "needs Triton: pip install triton"
+    if x.is_cuda or os.environ.get("TRITON_INTERPRET", "") == "1":
+        return None
+    return f"needs tensors on a GPU, got {x.device} (or TRITON_INTERPRET=1, to try it slowly)"
 
 
 @functools.cache

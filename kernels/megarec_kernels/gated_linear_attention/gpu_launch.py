@@ -1,0 +1,230 @@
+"""The order in which the Triton kernels of gated linear attention run, and on what blocks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarec_kernels.gated_linear_attention import gpu_kernels as kernels
+from megarec_kernels.gated_linear_attention.gpu import Plan
+from megarec_kernels.triton_tools import tl, triton, triton_dtype
+
+
+def forward(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_f: Tensor,
+    log_i: Tensor | None,
+    C_BHKV: Tensor,
+    n_BHK: Tensor,
+    m_BH: Tensor,
+    resets: Tensor | None,
+    scale: float,
+    normalize: bool,
+    plain: bool,
+    states_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y, the final C and n, m at the tiles' ends, and the normaliser's sums."""
+    q, k, v = map(_dense_rows, (q, k, v))
+    docs = _count_resets(plan, resets)
+    gates, totals = _sum_gates(plan, log_f, log_i, docs)
+    m_BHN = gates.new_empty(plan.B, plan.H, plan.num_tiles + 1)
+    kernels.carry_kernel[plan.B * plan.H,](
+        gates, totals, m_BH.contiguous(), m_BHN, plan.num_tiles, BT=plan.tile, num_warps=1
+    )
+    states, n_states, final, final_n = _walk_states(
+        plan, k, v, gates, totals, m_BHN, C_BHKV, n_BHK, normalize, states_dtype
+    )
+    y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    sums_BHT = gates.new_empty((plan.B, plan.H, plan.padded) if normalize else 0)
+    blocks, options = _block_options(plan, q.dtype, states_dtype, plan.K, plan.V)
+    kernels.query_kernel[plan.B * plan.H * plan.num_tiles, blocks](
+        q, k, v, y, sums_BHT, states, n_states, gates, docs, totals, m_BHN, gates,
+        scale, plan.T, plan.num_tiles, plan.H, plan.num_chunks + 1,
+        *_strides(q, k, v, y), plan.V, 1,
+        GRADIENT=False, NORMALIZE=normalize, PLAIN=plain, HAS_RESETS=docs is not None, **options,
+    )  # fmt: skip
+    return y, final, final_n, m_BHN, sums_BHT
+
+
+def backward(
+    plan: Plan,
+    dy: Tensor,
+    dC_BHKV: Tensor,
+    dn_BHK: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_f: Tensor,
+    log_i: Tensor | None,
+    C_BHKV: Tensor,
+    n_BHK: Tensor,
+    resets: Tensor | None,
+    y: Tensor,
+    m_BHN: Tensor,
+    sums_BHT: Tensor,
+    scale: float,
+    normalize: bool,
+    plain: bool,
+    states_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v, log_f, log_i and of the initial C and n."""
+    q, k, v, y, dy = map(_dense_rows, (q, k, v, y, dy))
+    docs = _count_resets(plan, resets)
+    gates, totals = _sum_gates(plan, log_f, log_i, docs)
+    states, n_states, _, _ = _walk_states(
+        plan, k, v, gates, totals, m_BHN, C_BHKV, n_BHK, normalize, states_dtype
+    )
+    sizes = plan.T, plan.num_tiles, plan.H
+    flags = {"NORMALIZE": normalize, "HAS_RESETS": docs is not None}
+
+    rows = gates.new_empty(plan.B, plan.H, kernels.NUM_ROWS, plan.padded)
+    kernels.row_kernel[plan.B * plan.H * plan.num_tiles,](
+        y, dy, gates, docs, m_BHN, sums_BHT, rows, scale, *sizes, *_strides(y, dy),
+        V=plan.V, BT=plan.tile, BV=min(128, _padded(plan.V)), PLAIN=plain, **flags,
+    )  # fmt: skip
+
+    dstates = torch.empty_like(states[:, :, 1:])
+    dn_states = n_states.new_empty((plan.B, plan.H, plan.num_chunks, plan.K) if normalize else 0)
+    dinitial, dinitial_n = torch.empty_like(C_BHKV), torch.empty_like(n_BHK)
+    grid, options = _state_options(plan, v.dtype)
+    beyond = gates.new_empty(grid[1] * grid[2], plan.B, plan.H, plan.num_chunks)
+    kernels.state_gradient_kernel[grid](
+        q, dy, gates, docs, totals, m_BHN, rows, states, n_states,
+        dC_BHKV.contiguous(), dn_BHK.contiguous(), dstates, dn_states, dinitial, dinitial_n, beyond,
+        *sizes, *_strides(q, dy), **flags, **options,
+    )  # fmt: skip
+
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    blocks, options = _block_options(plan, q.dtype, states_dtype, plan.V, plan.K)
+    kernels.query_kernel[plan.B * plan.G * plan.num_tiles, blocks](
+        dy, v, k, dq, sums_BHT, states, n_states, gates, docs, totals, m_BHN, rows,
+        scale, *sizes, plan.num_chunks + 1, *_strides(dy, v, k, dq), 1, plan.V,
+        GRADIENT=True, PLAIN=plain, **flags, **options,
+    )  # fmt: skip
+    keys = gates.new_empty(blocks, plan.B, plan.H, plan.padded)
+    kernels.key_kernel[plan.B * plan.G * plan.num_tiles, blocks](
+        v, dy, q, dk, k, keys, dstates, dn_states, gates, docs, totals, m_BHN, rows,
+        *sizes, plan.num_chunks, *_strides(v, dy, q, dk, k), 1, plan.V,
+        OF_KEYS=True, **flags, **options,
+    )  # fmt: skip
+    blocks, options = _block_options(plan, q.dtype, states_dtype, plan.K, plan.V)
+    kernels.key_kernel[plan.B * plan.H * plan.num_tiles, blocks](
+        k, q, dy, dv, k, keys, dstates, dn_states, gates, docs, totals, m_BHN, rows,
+        *sizes, plan.num_chunks, *_strides(k, q, dy, dv, k), plan.V, 1,
+        OF_KEYS=False, **flags, **options,
+    )  # fmt: skip
+
+    dlog_f, dlog_i = (gates.new_empty(plan.B, plan.T, plan.H) for _ in range(2))
+    kernels.gate_gradient_kernel[plan.B * plan.H * plan.num_chunks,](
+        rows, keys, beyond, docs, dlog_f, dlog_i, *sizes, plan.B * plan.H,
+        num_keys=len(keys), num_beyond=len(beyond), TILES=plan.tiles, BT=plan.tile,
+        HAS_RESETS=docs is not None,
+    )  # fmt: skip
+    return dq, dk, dv, dlog_f, dlog_i, dinitial, dinitial_n
+
+
+def _sum_gates(
+    plan: Plan, log_f: Tensor, log_i: Tensor | None, docs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    gates = log_f.new_empty(plan.B, plan.H, kernels.NUM_GATES, plan.padded)
+    totals = log_f.new_empty(plan.B, plan.H, plan.num_tiles)
+    log_i_strides = (0, 0, 0) if log_i is None else log_i.stride()
+    kernels.gate_kernel[plan.B * plan.H * plan.num_tiles,](
+        log_f, log_i, docs, gates, totals, plan.T, plan.num_tiles, plan.H,
+        *log_f.stride(), *log_i_strides,
+        BT=plan.tile, HAS_INPUT_GATE=log_i is not None, HAS_RESETS=docs is not None,
+    )  # fmt: skip
+    return gates, totals
+
+
+def _walk_states(
+    plan: Plan,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    totals: Tensor,
+    m_BHN: Tensor,
+    C_BHKV: Tensor,
+    n_BHK: Tensor,
+    normalize: bool,
+    states_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the states and n before each chunk and after the last, and the final ones again."""
+    before = plan.B, plan.H, plan.num_chunks + 1
+    states = C_BHKV.new_empty(*before, plan.K, plan.V, dtype=states_dtype)
+    n_states = n_BHK.new_empty((*before, plan.K) if normalize else 0)
+    final = torch.empty(C_BHKV.shape, dtype=C_BHKV.dtype, device=C_BHKV.device)
+    final_n = torch.empty(n_BHK.shape, dtype=n_BHK.dtype, device=n_BHK.device)
+    grid, options = _state_options(plan, v.dtype)
+    kernels.state_kernel[grid](
+        k, v, gates, totals, m_BHN, C_BHKV.contiguous(), n_BHK.contiguous(),
+        states, n_states, final, final_n,
+        plan.T, plan.num_tiles, plan.H, *_strides(k, v), NORMALIZE=normalize, **options,
+    )  # fmt: skip
+    return states, n_states, final, final_n
+
+
+def _state_options(plan: Plan, dtype: torch.dtype) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Return the grid and the options of a kernel that walks with blocks of a state."""
+    BK, BV = min(64, _padded(plan.K)), min(128, _padded(plan.V))
+    grid = plan.B * plan.H, triton.cdiv(plan.K, BK), triton.cdiv(plan.V, BV)
+    return grid, {
+        "K": plan.K, "V": plan.V, "R": plan.heads_per_group, "TILES": plan.tiles,
+        "BT": plan.tile, "BK": BK, "BV": BV, **_precision(dtype), "num_warps": 4, "num_stages": 3,
+    }  # fmt: skip
+
+
+def _block_options(
+    plan: Plan, dtype: torch.dtype, states_dtype: torch.dtype, DA: int, DC: int
+) -> tuple[int, dict[str, Any]]:
+    """Return the number of blocks of an output (.., DC) and the options of its kernel.
+
+    Blocks are wide, since each computes the products over DA anew.
+    """
+    wide = dtype == torch.bfloat16
+    BC = min(256 if wide else 64, _padded(DC))
+    precision = _precision(dtype)
+    state_dot = precision["DOT"] if states_dtype == torch.bfloat16 else tl.float32
+    return triton.cdiv(DC, BC), {
+        "DA": DA, "DC": DC, "R": plan.heads_per_group, "TILES": plan.tiles,
+        "SPAN": triton.next_power_of_2(plan.tiles), "BT": plan.tile,
+        "BA": min(128 if wide else 32, _padded(DA)), "BC": BC, "STATE_DOT": state_dot, **precision,
+        "num_warps": 8 if BC == 256 else 4, "num_stages": 2,
+    }  # fmt: skip
+
+
+def _precision(dtype: torch.dtype) -> dict[str, Any]:
+    """Return in what matrix products are computed.
+
+    float16 inputs are multiplied as tf32, which holds them exactly, and the products with gates in
+    float32's range; float32 inputs as three tf32 products, nearly exact.
+    """
+    if dtype == torch.bfloat16:
+        return {"DOT": triton_dtype(dtype), "PRECISION": "tf32"}
+    return {"DOT": tl.float32, "PRECISION": "tf32" if dtype == torch.float16 else "tf32x3"}
+
+
+def _count_resets(plan: Plan, resets: Tensor | None) -> Tensor | None:
+    """Return (B, padded tokens) int32: the resets in a token's tile, up to it."""
+    if resets is None:
+        return None
+    padded = torch.nn.functional.pad(resets, (0, plan.padded - plan.T))
+    tiles = padded.view(plan.B, plan.num_tiles, plan.tile)
+    return tiles.cumsum(-1, dtype=torch.int32).view(plan.B, -1)
+
+
+def _dense_rows(x_BTHD: Tensor) -> Tensor:
+    """Return x as it is, strides and all, if the dims of a head lie side by side."""
+    return x_BTHD if x_BTHD.stride(-1) == 1 else x_BTHD.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _padded(dim: int) -> int:
+    """Return the smallest block that holds a head dim: a power of 2, from 16."""
+    return max(16, triton.next_power_of_2(dim))

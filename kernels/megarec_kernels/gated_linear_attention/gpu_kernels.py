@@ -345,7 +345,7 @@ def scores(
 ):  # fmt: skip
     """Return a @ b^T (BT, BT) of two tiles."""
     result = tl.full((BT, BT), 0.0, tl.float32)
-    for first in tl.static_range(0, D, BD):
+    for first in range(0, D, BD):
         a_TD = load_tile(a, a_token, first, a_left, D, BT, BD).to(DOT)
         b_DT = load_turned(b, b_token, first, b_left, D, BT, BD).to(DOT)
         result = dot(a_TD, b_DT, result, PRECISION)
@@ -355,17 +355,17 @@ def scores(
 @triton.jit
 def apply_state(
     a, state, a_token, a_left, state_row, state_column, first_c,
-    DA: tl.constexpr, DC: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr,
+    DA: tl.constexpr, DC: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return a @ state (BT, BC) for a block of a state's columns."""
     result = tl.full((BT, BC), 0.0, tl.float32)
     columns = first_c + tl.arange(0, BC)[None, :]
-    for first in tl.static_range(0, DA, BA):
-        rows = first + tl.arange(0, BA)[:, None]
+    for first in range(0, DA, BS):
+        rows = first + tl.arange(0, BS)[:, None]
         place = state + rows * state_row + columns * state_column
         state_AC = tl.load(place, mask=(rows < DA) & (columns < DC), other=0.0).to(DOT)
-        a_TA = load_tile(a, a_token, first, a_left, DA, BT, BA).to(DOT)
+        a_TA = load_tile(a, a_token, first, a_left, DA, BT, BS).to(DOT)
         result = dot(a_TA, state_AC, result, PRECISION)
     return result
 
@@ -377,7 +377,7 @@ def query_kernel(
     a_batch, a_token, a_head, b_batch, b_token, b_head, c_batch, c_token, c_head,
     out_batch, out_token, out_head, state_row, state_column,
     DA: tl.constexpr, DC: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
-    SPAN: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr,
+    SPAN: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
     GRADIENT: tl.constexpr, NORMALIZE: tl.constexpr, PLAIN: tl.constexpr,
     HAS_RESETS: tl.constexpr, DOT: tl.constexpr, STATE_DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -430,7 +430,7 @@ def query_kernel(
         state = states + place * DA * DC
         acc_TC = apply_state(
             head_a, state, a_token, left, state_row, state_column, first_c,
-            DA, DC, BT, BA, BC, STATE_DOT, PRECISION,
+            DA, DC, BT, BS, BC, STATE_DOT, PRECISION,
         )  # fmt: skip
         sums = tl.full((BT,), 0.0, tl.float32)
         if NORMALIZE:
@@ -438,7 +438,7 @@ def query_kernel(
                 n = tl.load(n_states + place * DC + c_dims, mask=c_dims < DC, other=0.0)
                 acc_TC += slope[:, None] * n[None, :]
             else:
-                for first in tl.static_range(0, DA, BA):
+                for first in range(0, DA, BA):
                     dims = first + tl.arange(0, BA)
                     n = tl.load(n_states + place * DA + dims, mask=dims < DA, other=0.0)
                     a_TA = load_tile(head_a, a_token, first, left, DA, BT, BA).to(tl.float32)
@@ -487,7 +487,7 @@ def key_kernel(
     a_batch, a_token, a_head, b_batch, b_token, b_head, c_batch, c_token, c_head,
     out_batch, out_token, out_head, k_batch, k_token, k_head, state_row, state_column,
     DA: tl.constexpr, DC: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
-    SPAN: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr,
+    SPAN: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
     OF_KEYS: tl.constexpr, NORMALIZE: tl.constexpr, HAS_RESETS: tl.constexpr,
     DOT: tl.constexpr, STATE_DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -534,7 +534,7 @@ def key_kernel(
         place = head * num_states + chunk
         acc_TC = apply_state(
             head_a, dstates + place * DA * DC, a_token, left, state_row, state_column, first_c,
-            DA, DC, BT, BA, BC, STATE_DOT, PRECISION,
+            DA, DC, BT, BS, BC, STATE_DOT, PRECISION,
         )  # fmt: skip
         if OF_KEYS and NORMALIZE:
             dn = tl.load(dn_states + place * DC + c_dims, mask=c_dims < DC, other=0.0)

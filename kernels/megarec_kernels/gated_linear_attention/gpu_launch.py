@@ -28,7 +28,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y, the final C and n, m at the tiles' ends, and the normaliser's sums."""
     q, k, v = map(_dense_rows, (q, k, v))
-    docs = _count_resets(plan, resets)
+    docs = _count_resets(plan, resets, v.device)
     gates, totals = _sum_gates(plan, log_f, log_i, docs)
     m_BHN = gates.new_empty(plan.B, plan.H, plan.num_tiles + 1)
     kernels.carry_kernel[plan.B * plan.H,](
@@ -44,7 +44,7 @@ def forward(
         q, k, v, y, sums_BHT, states, n_states, gates, docs, totals, m_BHN, gates,
         scale, plan.T, plan.num_tiles, plan.H, plan.num_chunks + 1,
         *_strides(q, k, v, y), plan.V, 1,
-        GRADIENT=False, NORMALIZE=normalize, PLAIN=plain, HAS_RESETS=docs is not None, **options,
+        GRADIENT=False, NORMALIZE=normalize, PLAIN=plain, HAS_RESETS=len(docs) > 0, **options,
     )  # fmt: skip
     return y, final, final_n, m_BHN, sums_BHT
 
@@ -72,13 +72,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, log_f, log_i and of the initial C and n."""
     q, k, v, y, dy = map(_dense_rows, (q, k, v, y, dy))
-    docs = _count_resets(plan, resets)
+    docs = _count_resets(plan, resets, v.device)
     gates, totals = _sum_gates(plan, log_f, log_i, docs)
     states, n_states, _, _ = _walk_states(
         plan, k, v, gates, totals, m_BHN, C_BHKV, n_BHK, normalize, states_dtype
     )
     sizes = plan.T, plan.num_tiles, plan.H
-    flags = {"NORMALIZE": normalize, "HAS_RESETS": docs is not None}
+    flags = {"NORMALIZE": normalize, "HAS_RESETS": len(docs) > 0}
 
     rows = gates.new_empty(plan.B, plan.H, kernels.NUM_ROWS, plan.padded)
     kernels.row_kernel[plan.B * plan.H * plan.num_tiles,](
@@ -121,13 +121,13 @@ def backward(
     kernels.gate_gradient_kernel[plan.B * plan.H * plan.num_chunks,](
         rows, keys, beyond, docs, dlog_f, dlog_i, *sizes, plan.B * plan.H,
         num_keys=len(keys), num_beyond=len(beyond), TILES=plan.tiles, BT=plan.tile,
-        HAS_RESETS=docs is not None,
+        HAS_RESETS=len(docs) > 0,
     )  # fmt: skip
     return dq, dk, dv, dlog_f, dlog_i, dinitial, dinitial_n
 
 
 def _sum_gates(
-    plan: Plan, log_f: Tensor, log_i: Tensor | None, docs: Tensor | None
+    plan: Plan, log_f: Tensor, log_i: Tensor | None, docs: Tensor
 ) -> tuple[Tensor, Tensor]:
     gates = log_f.new_empty(plan.B, plan.H, kernels.NUM_GATES, plan.padded)
     totals = log_f.new_empty(plan.B, plan.H, plan.num_tiles)
@@ -135,7 +135,7 @@ def _sum_gates(
     kernels.gate_kernel[plan.B * plan.H * plan.num_tiles,](
         log_f, log_i, docs, gates, totals, plan.T, plan.num_tiles, plan.H,
         *log_f.stride(), *log_i_strides,
-        BT=plan.tile, HAS_INPUT_GATE=log_i is not None, HAS_RESETS=docs is not None,
+        BT=plan.tile, HAS_INPUT_GATE=log_i is not None, HAS_RESETS=len(docs) > 0,
     )  # fmt: skip
     return gates, totals
 
@@ -169,11 +169,13 @@ def _walk_states(
 
 def _state_options(plan: Plan, dtype: torch.dtype) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Return the grid and the options of a kernel that walks with blocks of a state."""
-    BK, BV = min(64, _padded(plan.K)), min(128, _padded(plan.V))
+    half = dtype == torch.bfloat16
+    BK, BV = min(64, _padded(plan.K)), min(128 if half else 64, _padded(plan.V))
     grid = plan.B * plan.H, triton.cdiv(plan.K, BK), triton.cdiv(plan.V, BV)
     return grid, {
         "K": plan.K, "V": plan.V, "R": plan.heads_per_group, "TILES": plan.tiles,
-        "BT": plan.tile, "BK": BK, "BV": BV, **_precision(dtype), "num_warps": 4, "num_stages": 3,
+        "BT": plan.tile, "BK": BK, "BV": BV, **_precision(dtype),
+        "num_warps": 4, "num_stages": 3 if half else 2,
     }  # fmt: skip
 
 
@@ -182,17 +184,20 @@ def _block_options(
 ) -> tuple[int, dict[str, Any]]:
     """Return the number of blocks of an output (.., DC) and the options of its kernel.
 
-    Blocks are wide, since each computes the products over DA anew.
+    Blocks are wide, since each computes the products over DA anew. Those are held whole if DA is
+    at most 256: wider ones would not fit into 227 KiB of shared memory.
     """
-    wide = dtype == torch.bfloat16
-    BC = min(256 if wide else 64, _padded(DC))
+    half = dtype == torch.bfloat16
+    BC = min(256 if half else 64, _padded(DC))
+    BA = _padded(DA)
+    BA = min(BA, 256 if BA <= 256 else 128) if half else min(BA, 32)
     precision = _precision(dtype)
     state_dot = precision["DOT"] if states_dtype == torch.bfloat16 else tl.float32
     return triton.cdiv(DC, BC), {
         "DA": DA, "DC": DC, "R": plan.heads_per_group, "TILES": plan.tiles,
-        "SPAN": triton.next_power_of_2(plan.tiles), "BT": plan.tile,
-        "BA": min(128 if wide else 32, _padded(DA)), "BC": BC, "STATE_DOT": state_dot, **precision,
-        "num_warps": 8 if BC == 256 else 4, "num_stages": 2,
+        "SPAN": triton.next_power_of_2(plan.tiles), "BT": plan.tile, "BA": BA,
+        "BS": min(64, BA), "BC": BC, "STATE_DOT": state_dot, **precision,
+        "num_warps": 8 if BC > 64 else 4, "num_stages": 2,
     }  # fmt: skip
 
 
@@ -207,10 +212,10 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
     return {"DOT": tl.float32, "PRECISION": "tf32" if dtype == torch.float16 else "tf32x3"}
 
 
-def _count_resets(plan: Plan, resets: Tensor | None) -> Tensor | None:
-    """Return (B, padded tokens) int32: the resets in a token's tile, up to it."""
+def _count_resets(plan: Plan, resets: Tensor | None, device: torch.device) -> Tensor:
+    """Return (B, padded tokens) int32: the resets in a token's tile, up to it; empty if none."""
     if resets is None:
-        return None
+        return torch.empty(0, dtype=torch.int32, device=device)
     padded = torch.nn.functional.pad(resets, (0, plan.padded - plan.T))
     tiles = padded.view(plan.B, plan.num_tiles, plan.tile)
     return tiles.cumsum(-1, dtype=torch.int32).view(plan.B, -1)

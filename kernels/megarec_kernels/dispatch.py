@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "MEGAREC_KERNELS"
@@ -60,6 +61,11 @@ def triton_problem(x: Tensor) -> str | None:
     return f"needs tensors on a GPU, got {x.device} (or TRITON_INTERPRET=1, to try it slowly)"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile runs it while it traces
 def _log_once(op: str, backend: str, reason: str) -> None:
+    _log(op, backend, reason)
+
+
+@functools.cache
+def _log(op: str, backend: str, reason: str) -> None:
     logger.info("%s runs on backend %s (%s)", op, backend, reason)

@@ -35,12 +35,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    """Return float32 x in DTYPE, rounded to nearest even, which the interpreter does not do."""
-    if INTERPRET and DTYPE == tl.bfloat16:
+def narrow(x, dtype: tl.constexpr):
+    """Return float32 x in a dtype, rounded to nearest even, which the interpreter does not do."""
+    if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         kept = tl.where(x == x, rounded, bits) & 0xFFFF0000
         return kept.to(tl.float32, bitcast=True).to(tl.bfloat16)
     else:
-        return x.to(DTYPE)
+        return x.to(dtype)

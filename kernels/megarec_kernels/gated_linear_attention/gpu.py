@@ -205,20 +205,19 @@ def _backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, log_f, log_i, C_BHKV, n_BHK, _, resets, *ctx.options = inputs
     y, _, _, m_BHN, sums_BHT = output
-    ctx.save_for_backward(
-        q, k, v, log_f, log_i, C_BHKV, n_BHK, resets, y, m_BHN, sums_BHT
-    )
+    ctx.save_for_backward(q, k, v, log_f, log_i, C_BHKV, n_BHK, resets, y, m_BHN, sums_BHT)
 
 
 def _differentiate(
     ctx: Any, dy: Tensor, dC_BHKV: Tensor, dn_BHK: Tensor, *_: Tensor
 ) -> tuple[Tensor | None, ...]:
-    gradients = _backward(dy, dC_BHKV, dn_BHK, *ctx.saved_tensors, *ctx.options)
-    dq, dk, dv, dlog_f, dlog_i, dC_BHKV, dn_BHK = gradients
-    has_input_gate = ctx.saved_tensors[4] is not None
-    return (
-        dq, dk, dv, dlog_f, dlog_i if has_input_gate else None, dC_BHKV, dn_BHK, *[None] * 7
-    )  # fmt: skip
+    saved = ctx.saved_tensors
+    dq, dk, dv, dlog_f, dlog_i, dC_BHKV, dn_BHK = _backward(
+        dy, dC_BHKV, dn_BHK, *saved, *ctx.options
+    )
+    has_input_gate = saved[4] is not None
+    gradients = dq, dk, dv, dlog_f, dlog_i if has_input_gate else None, dC_BHKV, dn_BHK
+    return *gradients, *[None] * 7
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

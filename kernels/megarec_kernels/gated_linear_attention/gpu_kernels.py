@@ -28,7 +28,9 @@ NUM_ROWS = 3
 
 
 @triton.jit
-def load_tile(x, token_stride, first, num_tokens, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+def load_tile(
+    x, token_stride, first, num_tokens, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
+):
     """Load (BT, BD) at dim ``first`` of a tile; zeros beyond its tokens or dims."""
     tokens, dims = tl.arange(0, BT)[:, None], first + tl.arange(0, BD)[None, :]
     mask = (tokens < num_tokens) & (dims < D)
@@ -36,7 +38,9 @@ def load_tile(x, token_stride, first, num_tokens, D: tl.constexpr, BT: tl.conste
 
 
 @triton.jit
-def load_turned(x, token_stride, first, num_tokens, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+def load_turned(
+    x, token_stride, first, num_tokens, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
+):
     """Load what load_tile does, as (BD, BT)."""
     tokens, dims = tl.arange(0, BT)[None, :], first + tl.arange(0, BD)[:, None]
     mask = (tokens < num_tokens) & (dims < D)
@@ -44,7 +48,9 @@ def load_turned(x, token_stride, first, num_tokens, D: tl.constexpr, BT: tl.cons
 
 
 @triton.jit
-def store_tile(x, value, token_stride, first, num_tokens, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+def store_tile(
+    x, value, token_stride, first, num_tokens, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
+):
     """Store (BT, BD) where load_tile would load it."""
     tokens, dims = tl.arange(0, BT)[:, None], first + tl.arange(0, BD)[None, :]
     mask = (tokens < num_tokens) & (dims < D)
@@ -455,9 +461,9 @@ def query_kernel(
             j_token, j_left = (j * BT).to(tl.int64), num_tokens - j * BT
             end = tl.load(head_gates + END * num_padded + j * BT + t) + away
             away += tl.load(head_totals + j, mask=back > 0, other=0.0)
-            log_weight = (tl.where(same, start, entered) - m_T)[:, None] + tl.where(
-                same, key, end
-            )[None, :]
+            log_weight = (tl.where(same, start, entered) - m_T)[:, None] + tl.where(same, key, end)[
+                None, :
+            ]
             weight_TT = tl.exp(tl.where(seen | (back > 0), log_weight, -float("inf")))
             p_TT = scores(
                 head_a, head_b + j_token * b_token, a_token, b_token, left, j_left,

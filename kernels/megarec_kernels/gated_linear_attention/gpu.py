@@ -175,7 +175,7 @@ def _backward(
     C_BHKV: Tensor,
     n_BHK: Tensor,
     resets: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     m_BHN: Tensor,
     sums_BHT: Tensor,
     scale: float,
@@ -184,7 +184,10 @@ def _backward(
     chunk_size: int,
     states_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v, log_f, log_i and of the initial C and n."""
+    """Return the gradients of q, k, v, log_f, log_i and of the initial C and n.
+
+    y is needed only if `normalize`.
+    """
     from megarec_kernels.gated_linear_attention.gpu_launch import backward
 
     return backward(
@@ -205,6 +208,8 @@ def _backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, log_f, log_i, C_BHKV, n_BHK, _, resets, *ctx.options = inputs
     y, _, _, m_BHN, sums_BHT = output
+    if sums_BHT.numel() == 0:
+        y = None  # only the normaliser's gradient needs it
     ctx.save_for_backward(q, k, v, log_f, log_i, C_BHKV, n_BHK, resets, y, m_BHN, sums_BHT)
 
 

@@ -4,7 +4,7 @@ The sequence is cut into tiles of BT tokens, and TILES of them make a chunk. Ins
 up from its start, so that no sum runs over more than BT tokens; from tile to tile decays are
 multiplied one by one. A program holds one tile (or a block of a state) and walks over the others.
 
-Layouts that gpu.py allots, all float32: gates (B, H, 4, tokens) and rows (B, H, 3, tokens) hold a
+Layouts that gpu.py allots, all float32: gates (B, H, 4, tokens) and rows (B, H, 2, tokens) hold a
 plane for each quantity below, of whole tiles; totals (B, H, tiles); m (B, H, tiles + 1). docs
 (B, tokens) int32 counts the resets of a tile up to a token. R value heads share a head of q and k.
 """
@@ -23,8 +23,7 @@ NUM_GATES = 4
 # Planes of rows, known once y's gradient is.
 FACTOR = tl.constexpr(0)  # y over the weighted sum of values
 SLOPE = tl.constexpr(1)  # gradient of the normaliser's sum, over FACTOR
-ROW = tl.constexpr(2)  # gradient of the log of all of a query's weights
-NUM_ROWS = 3
+NUM_ROWS = 2
 
 
 @triton.jit
@@ -81,12 +80,12 @@ def same_tile(docs, BT: tl.constexpr, HAS_RESETS: tl.constexpr):
 
 
 @triton.jit
-def output_factor(column, m, scale, NORMALIZE: tl.constexpr, PLAIN: tl.constexpr):
+def output_factor(norm, m, scale, NORMALIZE: tl.constexpr, PLAIN: tl.constexpr):
     """Return what turns a sum of weighted values, in units of exp(m), into y."""
     if NORMALIZE:
         one = tl.exp(-m)
         eps = EPS * one if PLAIN else EPS
-        return scale / (tl.maximum(tl.abs(scale * column), one) + eps)
+        return scale / (tl.maximum(tl.abs(norm), one) + eps)
     else:
         return scale * tl.exp(m)
 
@@ -228,7 +227,7 @@ def state_kernel(
 
 @triton.jit
 def row_kernel(
-    y, dy, gates, docs, m, column, rows,
+    y, dy, gates, docs, m, sums, rows,
     scale, num_tokens, num_tiles, num_heads,
     y_batch, y_token, y_head, dy_batch, dy_token, dy_head,
     V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
@@ -243,29 +242,26 @@ def row_kernel(
     y += batch * y_batch + h * y_head + token * y_token
     dy += batch * dy_batch + h * dy_head + token * dy_token
     t = tl.arange(0, BT)
-    row = tl.full((BT,), 0.0, tl.float32)
-    for first in range(0, V, BV):
-        y_TV = load_tile(y, y_token, first, left, V, BT, BV).to(tl.float32)
-        row += tl.sum(y_TV * load_tile(dy, dy_token, first, left, V, BT, BV).to(tl.float32), 1)
-
     gates += head * 4 * num_padded + tile * BT
     docs += batch * num_padded + tile * BT
     tile_m = tl.load(m + head * (num_tiles + 1) + tile)
     _, _, m_T = query_gates(gates, num_padded, docs, tile_m, BT, HAS_RESETS)
-    rows += head * 3 * num_padded + tile * BT
+    rows += head * 2 * num_padded + tile * BT
     if NORMALIZE:
-        sums = tl.load(column + head * num_padded + tile * BT + t)
-        factor = output_factor(sums, m_T, scale, NORMALIZE, PLAIN)
-        norm = scale * sums
+        change = tl.full((BT,), 0.0, tl.float32)
+        for first in range(0, V, BV):
+            y_TV = load_tile(y, y_token, first, left, V, BT, BV).to(tl.float32)
+            dy_TV = load_tile(dy, dy_token, first, left, V, BT, BV).to(tl.float32)
+            change += tl.sum(y_TV * dy_TV, 1)
+        norm = scale * tl.load(sums + head * num_padded + tile * BT + t)
+        factor = output_factor(norm, m_T, scale, NORMALIZE, PLAIN)
         sign = tl.where(norm > 0, 1.0, tl.where(norm < 0, -1.0, 0.0))
         # y only depends on the normaliser where that is larger than 1.
         slope = tl.where(tl.abs(norm) > tl.exp(-m_T), -sign, 0.0)
-        tl.store(rows + SLOPE * num_padded + t, slope * row)
-        row = row * (1 + factor * slope * sums)
+        tl.store(rows + SLOPE * num_padded + t, slope * change)
     else:
         factor = output_factor(m_T, m_T, scale, NORMALIZE, PLAIN)
     tl.store(rows + FACTOR * num_padded + t, tl.where(t < left, factor, 0.0))
-    tl.store(rows + ROW * num_padded + t, row)
 
 
 @triton.jit
@@ -291,7 +287,7 @@ def state_gradient_kernel(
     q += batch * q_batch + (h // R) * q_head
     dy += batch * dy_batch + h * dy_head
     gates += head * 4 * num_padded
-    rows += head * 3 * num_padded
+    rows += head * 2 * num_padded
     docs += batch * num_padded
     totals += head * num_tiles
     m += head * (num_tiles + 1)
@@ -378,10 +374,10 @@ def apply_state(
 
 @triton.jit
 def query_kernel(
-    a, b, c, out, column, states, n_states, gates, docs, totals, m, rows,
+    a, b, c, out, own, sums, states, n_states, gates, docs, totals, m, rows,
     scale, num_tokens, num_tiles, num_heads, num_states,
     a_batch, a_token, a_head, b_batch, b_token, b_head, c_batch, c_token, c_head,
-    out_batch, out_token, out_head, state_row, state_column,
+    out_batch, out_token, out_head, own_batch, own_token, own_head, state_row, state_column,
     DA: tl.constexpr, DC: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
     SPAN: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
     GRADIENT: tl.constexpr, NORMALIZE: tl.constexpr, PLAIN: tl.constexpr,
@@ -392,6 +388,9 @@ def query_kernel(
     y_t = factor_t (sum_s w_ts (q_t k_s) v_s + w_t q_t S), (a, b, c) = (q, k, v); and
     dq_t = factor_t (sum_s w_ts (dy_t v_s + slope_t) k_s + w_t (S dy_t + slope_t n)), summed over
     the heads of a group, (a, b, c) = (dy, v, k). S is the state before the chunk.
+
+    sums (blocks of out, B, H, tokens) are the normaliser's in the first block; with GRADIENT those
+    of the gradients of the logs of a query's weights, from the block's part of own = q.
     """
     tile = tl.program_id(0) % num_tiles
     row = tl.program_id(0) // num_tiles
@@ -404,8 +403,12 @@ def query_kernel(
     token, left = (tile * BT).to(tl.int64), num_tokens - tile * BT
     docs += batch * num_padded + tile * BT
     t, c_dims = tl.arange(0, BT), first_c + tl.arange(0, BC)
+    zeros_TT = tl.full((BT, BT), 0.0, tl.float32)
 
-    total_TC = tl.full((BT, BC), 0.0, tl.float32)
+    acc_TC = tl.full((BT, BC), 0.0, tl.float32)
+    if GRADIENT:
+        place = own + batch * own_batch + o * own_head + token * own_token
+        own_TC = load_tile(place, own_token, first_c, left, DC, BT, BC)
     for r in range(HEADS):
         h = o * HEADS + r
         score_head, value_head = (h, o) if GRADIENT else (h // R, h)
@@ -420,7 +423,7 @@ def query_kernel(
         slope = tl.full((BT,), 0.0, tl.float32)
         factor = tl.full((BT,), 1.0, tl.float32)
         if GRADIENT:
-            head_rows = rows + head * 3 * num_padded + tile * BT
+            head_rows = rows + head * 2 * num_padded + tile * BT
             factor = tl.load(head_rows + FACTOR * num_padded + t)
             if NORMALIZE:
                 slope = tl.load(head_rows + SLOPE * num_padded + t)
@@ -434,23 +437,24 @@ def query_kernel(
         weight = tl.exp(entered + decay + (chunk_m - m_T)) * factor
         place = head * num_states + chunk
         state = states + place * DA * DC
-        acc_TC = apply_state(
+        before_TC = apply_state(
             head_a, state, a_token, left, state_row, state_column, first_c,
             DA, DC, BT, BS, BC, STATE_DOT, PRECISION,
         )  # fmt: skip
-        sums = tl.full((BT,), 0.0, tl.float32)
-        if NORMALIZE:
-            if GRADIENT:
+        head_sums = tl.full((BT,), 0.0, tl.float32)
+        if GRADIENT:
+            if NORMALIZE:
                 n = tl.load(n_states + place * DC + c_dims, mask=c_dims < DC, other=0.0)
-                acc_TC += slope[:, None] * n[None, :]
-            else:
-                for first in range(0, DA, BA):
-                    dims = first + tl.arange(0, BA)
-                    n = tl.load(n_states + place * DA + dims, mask=dims < DA, other=0.0)
-                    a_TA = load_tile(head_a, a_token, first, left, DA, BT, BA).to(tl.float32)
-                    sums += tl.sum(a_TA * n[None, :], 1)
-                sums *= weight
-        acc_TC *= weight[:, None]
+                before_TC += slope[:, None] * n[None, :]
+            head_sums = weight * tl.sum(own_TC.to(tl.float32) * before_TC, 1)
+        elif NORMALIZE:
+            for first in range(0, DA, BA):
+                dims = first + tl.arange(0, BA)
+                n = tl.load(n_states + place * DA + dims, mask=dims < DA, other=0.0)
+                a_TA = load_tile(head_a, a_token, first, left, DA, BT, BA).to(tl.float32)
+                head_sums += tl.sum(a_TA * n[None, :], 1)
+            head_sums *= weight
+        acc_TC += before_TC * weight[:, None]
 
         # The tile itself, then the tiles before it, to the start of the chunk.
         key = tl.load(head_gates + KEY * num_padded + tile * BT + t)
@@ -469,29 +473,34 @@ def query_kernel(
                 head_a, head_b + j_token * b_token, a_token, b_token, left, j_left,
                 DA, BT, BA, DOT, PRECISION,
             )  # fmt: skip
+            c_TC = load_tile(head_c + j_token * c_token, c_token, first_c, j_left, DC, BT, BC)
             if GRADIENT:
                 p_TT = (p_TT + slope[:, None]) * (weight_TT * factor[:, None])
+                own_TT = dot(own_TC.to(DOT), tl.trans(c_TC).to(DOT), zeros_TT, PRECISION)
+                head_sums += tl.sum(p_TT * own_TT, 1)
             else:
                 p_TT *= weight_TT
-                sums += tl.sum(p_TT, 1)
-            c_TC = load_tile(head_c + j_token * c_token, c_token, first_c, j_left, DC, BT, BC)
+                head_sums += tl.sum(p_TT, 1)
             acc_TC = dot(narrow(p_TT, DOT), c_TC.to(DOT), acc_TC, PRECISION)
 
-        if not GRADIENT:
+        block = tl.program_id(1) * (tl.num_programs(0) * HEADS)
+        place = sums + (block + head * num_tiles + tile) * BT + t
+        if GRADIENT:
+            tl.store(place, head_sums)
+        else:
             if NORMALIZE and first_c == 0:
-                tl.store(column + head * num_padded + tile * BT + t, sums)
-            acc_TC *= output_factor(sums, m_T, scale, NORMALIZE, PLAIN)[:, None]
-        total_TC += acc_TC
+                tl.store(place, head_sums)
+            acc_TC *= output_factor(scale * head_sums, m_T, scale, NORMALIZE, PLAIN)[:, None]
     place = out + batch * out_batch + o * out_head + token * out_token
-    store_tile(place, total_TC, out_token, first_c, left, DC, BT, BC)
+    store_tile(place, acc_TC, out_token, first_c, left, DC, BT, BC)
 
 
 @triton.jit
 def key_kernel(
-    a, b, c, out, k, keys, dstates, dn_states, gates, docs, totals, m, rows,
+    a, b, c, out, own, sums, dstates, dn_states, gates, docs, totals, m, rows,
     num_tokens, num_tiles, num_heads, num_states,
     a_batch, a_token, a_head, b_batch, b_token, b_head, c_batch, c_token, c_head,
-    out_batch, out_token, out_head, k_batch, k_token, k_head, state_row, state_column,
+    out_batch, out_token, out_head, own_batch, own_token, own_head, state_row, state_column,
     DA: tl.constexpr, DC: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
     SPAN: tl.constexpr, BT: tl.constexpr, BA: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
     OF_KEYS: tl.constexpr, NORMALIZE: tl.constexpr, HAS_RESETS: tl.constexpr,
@@ -501,8 +510,10 @@ def key_kernel(
 
     dv_s = sum_t w_ts factor_t (k_s q_t) dy_t + w_s k_s dS, (a, b, c) = (k, q, dy); and
     dk_s = sum_t w_ts factor_t (v_s dy_t + slope_t) q_t + w_s (dS v_s + dn), summed over the heads
-    of a group, (a, b, c) = (v, dy, q). dS is the gradient of the state after the chunk. OF_KEYS
-    also gives keys (dk blocks, B, H, tokens): k_s dk_s of each head, the gradient of log_i.
+    of a group, (a, b, c) = (v, dy, q). dS is the gradient of the state after the chunk.
+
+    OF_KEYS also gives sums (blocks of out, B, H, tokens): those of the gradients of the logs of a
+    key's weights, so of log_i, from the block's part of own = k.
     """
     tile = tl.program_id(0) % num_tiles
     row = tl.program_id(0) // num_tiles
@@ -516,14 +527,18 @@ def key_kernel(
     token, left = (tile * BT).to(tl.int64), num_tokens - tile * BT
     docs += batch * num_padded
     t, c_dims = tl.arange(0, BT), first_c + tl.arange(0, BC)
+    zeros_TT = tl.full((BT, BT), 0.0, tl.float32)
 
-    total_TC = tl.full((BT, BC), 0.0, tl.float32)
+    acc_TC = tl.full((BT, BC), 0.0, tl.float32)
+    if OF_KEYS:
+        place = own + batch * own_batch + o * own_head + token * own_token
+        own_TC = load_tile(place, own_token, first_c, left, DC, BT, BC)
     for r in range(HEADS):
         h = o * HEADS + r
         score_head, value_head = (h, o) if OF_KEYS else (h // R, h)
         head = batch * num_heads + h
         head_gates = gates + head * 4 * num_padded
-        head_rows = rows + head * 3 * num_padded
+        head_rows = rows + head * 2 * num_padded
         head_totals = totals + head * num_tiles
         head_m = m + head * (num_tiles + 1)
         key = tl.load(head_gates + KEY * num_padded + tile * BT + t)
@@ -538,14 +553,17 @@ def key_kernel(
         decay = tl.sum(tl.load(head_totals + span, mask=beyond, other=0.0), 0)
         weight = tl.exp(end + decay - tl.load(head_m + chunk_end))
         place = head * num_states + chunk
-        acc_TC = apply_state(
+        after_TC = apply_state(
             head_a, dstates + place * DA * DC, a_token, left, state_row, state_column, first_c,
             DA, DC, BT, BS, BC, STATE_DOT, PRECISION,
         )  # fmt: skip
-        if OF_KEYS and NORMALIZE:
-            dn = tl.load(dn_states + place * DC + c_dims, mask=c_dims < DC, other=0.0)
-            acc_TC += dn[None, :]
-        acc_TC *= weight[:, None]
+        head_sums = tl.full((BT,), 0.0, tl.float32)
+        if OF_KEYS:
+            if NORMALIZE:
+                dn = tl.load(dn_states + place * DC + c_dims, mask=c_dims < DC, other=0.0)
+                after_TC += dn[None, :]
+            head_sums = weight * tl.sum(own_TC.to(tl.float32) * after_TC, 1)
+        acc_TC += after_TC * weight[:, None]
 
         # The tile itself, then the tiles after it, to the end of the chunk.
         seen = tl.trans(same_tile(docs + tile * BT, BT, HAS_RESETS))
@@ -570,23 +588,23 @@ def key_kernel(
                 p_TT += tl.load(head_rows + SLOPE * num_padded + j * BT + t)[None, :]
             p_TT *= weight_TT * factor[None, :]
             c_TC = load_tile(head_c + j_token * c_token, c_token, first_c, j_left, DC, BT, BC)
+            if OF_KEYS:
+                own_TT = dot(own_TC.to(DOT), tl.trans(c_TC).to(DOT), zeros_TT, PRECISION)
+                head_sums += tl.sum(p_TT * own_TT, 1)
             acc_TC = dot(narrow(p_TT, DOT), c_TC.to(DOT), acc_TC, PRECISION)
 
         if OF_KEYS:
-            head_k = k + batch * k_batch + o * k_head + token * k_token
-            k_TC = load_tile(head_k, k_token, first_c, left, DC, BT, BC).to(tl.float32)
-            place = (tl.program_id(1) * (tl.num_programs(0) * HEADS) + head * num_tiles + tile) * BT
-            tl.store(keys + place + t, tl.sum(k_TC * acc_TC, 1))
-        total_TC += acc_TC
+            block = tl.program_id(1) * (tl.num_programs(0) * HEADS)
+            tl.store(sums + (block + head * num_tiles + tile) * BT + t, head_sums)
     place = out + batch * out_batch + o * out_head + token * out_token
-    store_tile(place, total_TC, out_token, first_c, left, DC, BT, BC)
+    store_tile(place, acc_TC, out_token, first_c, left, DC, BT, BC)
 
 
 @triton.jit
 def gate_gradient_kernel(
-    rows, keys, beyond, docs, dlog_f, dlog_i,
+    queries, keys, beyond, docs, dlog_f, dlog_i,
     num_tokens, num_tiles, num_heads, num_rows,
-    num_keys: tl.constexpr, num_beyond: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
+    num_blocks: tl.constexpr, num_beyond: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
     HAS_RESETS: tl.constexpr,
 ):  # fmt: skip
     """Add up the gradients of the gates of a chunk of a head; dlog_f and dlog_i are (B, T, H).
@@ -607,10 +625,12 @@ def gate_gradient_kernel(
     chunk_end = tl.minimum((chunk + 1) * TILES, num_tiles)
     for back in range(chunk_end - chunk * TILES):
         tile = chunk_end - 1 - back
-        key = tl.full((BT,), 0.0, tl.float32)
-        for part in range(num_keys):
-            key += tl.load(keys + (part * num_rows + head) * num_padded + tile * BT + t)
-        rest = tl.load(rows + (head * 3 + ROW) * num_padded + tile * BT + t) - key
+        query, key = tl.full((BT,), 0.0, tl.float32), tl.full((BT,), 0.0, tl.float32)
+        for part in range(num_blocks):
+            place = (part * num_rows + head) * num_padded + tile * BT + t
+            query += tl.load(queries + place)
+            key += tl.load(keys + place)
+        rest = query - key
         place = docs + batch * num_padded + tile * BT
         seen = same_tile(place, BT, HAS_RESETS)
         gradient = tl.sum(tl.where(seen, rest[:, None], 0.0), 0)

@@ -41,9 +41,9 @@ def forward(
     sums_BHT = gates.new_empty((plan.B, plan.H, plan.padded) if normalize else 0)
     blocks, options = _block_options(plan, q.dtype, states_dtype, plan.K, plan.V)
     kernels.query_kernel[plan.B * plan.H * plan.num_tiles, blocks](
-        q, k, v, y, sums_BHT, states, n_states, gates, docs, totals, m_BHN, gates,
+        q, k, v, y, q, sums_BHT, states, n_states, gates, docs, totals, m_BHN, gates,
         scale, plan.T, plan.num_tiles, plan.H, plan.num_chunks + 1,
-        *_strides(q, k, v, y), plan.V, 1,
+        *_strides(q, k, v, y, q), plan.V, 1,
         GRADIENT=False, NORMALIZE=normalize, PLAIN=plain, HAS_RESETS=len(docs) > 0, **options,
     )  # fmt: skip
     return y, final, final_n, m_BHN, sums_BHT
@@ -62,7 +62,7 @@ def backward(
     C_BHKV: Tensor,
     n_BHK: Tensor,
     resets: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     m_BHN: Tensor,
     sums_BHT: Tensor,
     scale: float,
@@ -71,7 +71,8 @@ def backward(
     states_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, log_f, log_i and of the initial C and n."""
-    q, k, v, y, dy = map(_dense_rows, (q, k, v, y, dy))
+    q, k, v, dy = map(_dense_rows, (q, k, v, dy))
+    y = dy if y is None else y
     docs = _count_resets(plan, resets, v.device)
     gates, totals = _sum_gates(plan, log_f, log_i, docs)
     states, n_states, _, _ = _walk_states(
@@ -99,12 +100,12 @@ def backward(
 
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     blocks, options = _block_options(plan, q.dtype, states_dtype, plan.V, plan.K)
+    queries, keys = (gates.new_empty(blocks, plan.B, plan.H, plan.padded) for _ in range(2))
     kernels.query_kernel[plan.B * plan.G * plan.num_tiles, blocks](
-        dy, v, k, dq, sums_BHT, states, n_states, gates, docs, totals, m_BHN, rows,
-        scale, *sizes, plan.num_chunks + 1, *_strides(dy, v, k, dq), 1, plan.V,
+        dy, v, k, dq, q, queries, states, n_states, gates, docs, totals, m_BHN, rows,
+        scale, *sizes, plan.num_chunks + 1, *_strides(dy, v, k, dq, q), 1, plan.V,
         GRADIENT=True, PLAIN=plain, **flags, **options,
     )  # fmt: skip
-    keys = gates.new_empty(blocks, plan.B, plan.H, plan.padded)
     kernels.key_kernel[plan.B * plan.G * plan.num_tiles, blocks](
         v, dy, q, dk, k, keys, dstates, dn_states, gates, docs, totals, m_BHN, rows,
         *sizes, plan.num_chunks, *_strides(v, dy, q, dk, k), 1, plan.V,
@@ -119,8 +120,8 @@ def backward(
 
     dlog_f, dlog_i = (gates.new_empty(plan.B, plan.T, plan.H) for _ in range(2))
     kernels.gate_gradient_kernel[plan.B * plan.H * plan.num_chunks,](
-        rows, keys, beyond, docs, dlog_f, dlog_i, *sizes, plan.B * plan.H,
-        num_keys=len(keys), num_beyond=len(beyond), TILES=plan.tiles, BT=plan.tile,
+        queries, keys, beyond, docs, dlog_f, dlog_i, *sizes, plan.B * plan.H,
+        num_blocks=len(keys), num_beyond=len(beyond), TILES=plan.tiles, BT=plan.tile,
         HAS_RESETS=len(docs) > 0,
     )  # fmt: skip
     return dq, dk, dv, dlog_f, dlog_i, dinitial, dinitial_n

@@ -21,17 +21,17 @@ from megarec_kernels.gated_linear_attention.gpu import (
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-MODES = [
-    pytest.param(gate, normalize, id=f"{gate}-{'normalized' if normalize else 'sum'}")
-    for gate, normalize in itertools.product(("exp", "plain"), (False, True))
-]
-modes = pytest.mark.parametrize(("gate", "normalize"), MODES)
+MODES = list(itertools.product(("exp", "plain"), (True, False)))
+FEW_MODES = [MODES[0], MODES[3]]
+few_modes = pytest.mark.parametrize(("gate", "normalize"), FEW_MODES, ids=str)
 
 # Relative RMS errors. Results are rounded to the inputs' dtype, with errors of up to 2^-9
 # (bfloat16) or 2^-12 of themselves; of that size, too, are those of y and its gradient, of the
 # states and of products with gates, which add up at random in the rest.
 BOUNDS = {torch.float32: 5e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["f32", "f16", "bf16"])
+KINDS = [
+    (dtype, *mode) for dtype in BOUNDS for mode in (MODES if dtype == torch.float32 else FEW_MODES)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -79,11 +79,11 @@ SHAPES = {
 }
 
 
-@dtypes
-@modes
-def test_chunks_groups_and_a_carried_state(gate, normalize, dtype):
+@pytest.mark.parametrize(("dtype", "gate", "normalize"), KINDS, ids=str)
+def test_chunks_groups_and_a_carried_state(dtype, gate, normalize):
     """Three tiles in two chunks, the last ragged; dims that are no powers of 2."""
-    inputs = rounded(make_inputs(B=1, T=133, G=1, H=2, Dk=20, Dv=24), dtype)
+    heads = 2 if dtype == torch.float32 else 1
+    inputs = rounded(make_inputs(B=1, T=133, G=1, H=heads, Dk=20, Dv=24), dtype)
     state = make_state(inputs, gate, normalize)
     options = {"gate": gate, "normalize": normalize, "chunk_size": 128}
     actual = compare(inputs, state, bound=BOUNDS[dtype], **options)
@@ -91,7 +91,7 @@ def test_chunks_groups_and_a_carried_state(gate, normalize, dtype):
     assert actual["final.C"].dtype == actual["dlog_f"].dtype == torch.float32
 
 
-@modes
+@few_modes
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_shapes(shape, gate, normalize):
     inputs = rounded(make_inputs(**shape), torch.float32)
@@ -99,16 +99,16 @@ def test_shapes(shape, gate, normalize):
 
 
 def test_wide_heads():
-    inputs = rounded(make_inputs(**ONE, T=20, Dk=512, Dv=300), torch.bfloat16)
+    inputs = rounded(make_inputs(**ONE, T=20, Dk=512, Dv=40), torch.bfloat16)
     compare(inputs, bound=BOUNDS[torch.bfloat16], normalize=True)
 
 
 # Tiles of 64 tokens, chunks of 128: the first and last token, both sides of the border of a tile
-# and of a chunk, neighbours; a row without a reset; every token.
-RESETS = [[0, 63, 129], [1, 64, 127, 128], [62, 65, 66, 67, 132], [], range(133)]
+# and of a chunk, neighbours; a row without a reset.
+RESETS = [[0, 63, 66, 67, 68, 129], [1, 64, 127, 128, 132], []]
 
 
-@pytest.mark.parametrize(("gate", "normalize"), [("exp", True), ("plain", False)], ids=str)
+@few_modes
 def test_resets_at_every_place(gate, normalize):
     inputs = rounded(make_inputs(B=len(RESETS), T=133, G=1, H=1), torch.float32)
     resets = torch.zeros(len(RESETS), 133, dtype=torch.bool)
@@ -117,11 +117,10 @@ def test_resets_at_every_place(gate, normalize):
     state = make_state(inputs, gate, normalize)
     options = {"gate": gate, "normalize": normalize, "chunk_size": 128, "resets": resets}
     actual = compare(inputs, state, bound=BOUNDS[torch.float32], **options)
-    assert actual["log_decay"].isinf().all(1).tolist() == [True, True, True, False, True]
+    assert actual["log_decay"].isinf().all(1).tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize("value", [-1e4, 1e4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, -1e4), (torch.bfloat16, 1e4)])
 def test_documents_do_not_touch_each_other_bitwise(dtype, value):
     """Neither y and the final state of what follows, nor the gradients of what came before."""
     start, T = 37, 70
@@ -146,10 +145,10 @@ def test_documents_do_not_touch_each_other_bitwise(dtype, value):
 # As in test_gated_linear_attention.py: gates of 1e4 overflow the sum itself, unless the stabiliser
 # and the normaliser share the unit.
 EXTREMES = [
-    (*mode.values, log_f, log_i)
+    (*mode, log_f, log_i)
     for mode in MODES
     for log_f, log_i in ((-1e4, None), (-1e4, 1e4), (1e4, -1e4), (-25.0, None))
-    if 1e4 not in (log_f, log_i) or mode.values == ("exp", True)
+    if 1e4 not in (log_f, log_i) or mode == ("exp", True)
 ]
 
 
@@ -217,13 +216,12 @@ def arguments_of_the_op(resets=None):
 def test_the_ops_are_registered_as_torch_wants_them():
     resets = torch.zeros(1, 9, dtype=torch.bool, device=DEVICE)
     arguments = arguments_of_the_op(resets)
-    torch.library.opcheck(_forward, arguments)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(_forward, arguments, test_utils=checks)
     q, k, v, log_f, log_i, C, n, _, _, *options = arguments
     y, final, final_n, m, sums = _forward(*arguments)
     saved = [x.detach() for x in (y, final, final_n, q, k, v, log_f, log_i, C, n)]
     rest = [resets, y.detach(), m.detach(), sums.detach()]
-    # That the gradients have no gradient is right.
-    checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(_backward, [*saved, *rest, *options], test_utils=checks)
 
 
@@ -247,14 +245,14 @@ def test_under_torch_compile_and_checkpointing():
             assert torch.equal(a, b)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
-    T=st.integers(1, 40),
+    T=st.integers(1, 20),
     shape=st.sampled_from([(1, 1), (1, 2), (2, 1)]),
     Dk=st.integers(1, 40),
     Dv=st.integers(1, 40),
     chunk_size=st.integers(1, 50),
-    mode=st.sampled_from([mode.values for mode in MODES]),
+    mode=st.sampled_from(MODES),
     carried=st.booleans(),
     reset_seed=st.none() | st.integers(0, 1000),
 )

@@ -172,10 +172,9 @@ def state_kernel(
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk a head's tiles with a block of its state; store it before each chunk and at the end.
+    """Walk a head's tiles with a block of its state, in float32; store it before each chunk.
 
-    states (B, H, N + 1, K, V), the last of which is the final state as the rest are stored; final
-    (B, H, K, V) is float32, like what is carried.
+    states are (B, H, N, K, V), n_states (B, H, N, K); final and final_n are after the last tile.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, h = head // num_heads, head % num_heads
@@ -191,8 +190,8 @@ def state_kernel(
     place = dims_k[:, None] * V + dims_v[None, :]
     here = (dims_k[:, None] < K) & (dims_v[None, :] < V)
     here_n = dims_k < tl.where(first_v == 0, K, 0)
-    states += head * (num_chunks + 1) * K * V + place
-    n_states += head * (num_chunks + 1) * K + dims_k
+    states += head * num_chunks * K * V + place
+    n_states += head * num_chunks * K + dims_k
     state = tl.load(initial + head * K * V + place, mask=here, other=0.0)
     n = tl.full((BK,), 0.0, tl.float32)
     if NORMALIZE:
@@ -218,10 +217,8 @@ def state_kernel(
         if NORMALIZE:
             n = n * decay + tl.sum(k_KT, 1)
 
-    tl.store(states, narrow(state, states.dtype.element_ty), mask=here)
     tl.store(final + head * K * V + place, state, mask=here)
     if NORMALIZE:
-        tl.store(n_states, n, mask=here_n)
         tl.store(final_n + head * K + dims_k, n, mask=here_n)
 
 
@@ -267,18 +264,18 @@ def row_kernel(
 @triton.jit
 def state_gradient_kernel(
     q, dy, gates, docs, totals, m, rows, states, n_states, dfinal, dfinal_n,
-    dstates, dn_states, dinitial, dinitial_n, beyond,
+    dstates, dn_states, dinitial, dinitial_n, through,
     num_tokens, num_tiles, num_heads,
     q_batch, q_token, q_head, dy_batch, dy_token, dy_head,
-    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_RESETS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk a head's tiles backwards with a block of the gradient of its state.
 
-    dstates (B, H, N, K, V) are gradients of the states after each chunk. beyond (K blocks * V
-    blocks, B, H, N) is their product with those states: what decays across a chunk's end gets.
+    dstates (B, H, N, K, V) are gradients of the states after each chunk. through (K blocks * V
+    blocks, B, H, N) is the gradient of the log of a chunk's decay, but for what is inside.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, h = head // num_heads, head % num_heads
@@ -292,14 +289,14 @@ def state_gradient_kernel(
     totals += head * num_tiles
     m += head * (num_tiles + 1)
     block = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
-    beyond += (block * tl.num_programs(0) + head) * num_chunks
+    through += (block * tl.num_programs(0) + head) * num_chunks
 
     dims_k, dims_v = first_k + tl.arange(0, BK), first_v + tl.arange(0, BV)
     place = dims_k[:, None] * V + dims_v[None, :]
     here = (dims_k[:, None] < K) & (dims_v[None, :] < V)
     here_n = dims_k < tl.where(first_v == 0, K, 0)
-    states += head * (num_chunks + 1) * K * V + place
-    n_states += head * (num_chunks + 1) * K + dims_k
+    states += head * num_chunks * K * V + place
+    n_states += head * num_chunks * K + dims_k
     dstates += head * num_chunks * K * V + place
     dn_states += head * num_chunks * K + dims_k
     dstate = tl.load(dfinal + head * K * V + place, mask=here, other=0.0)
@@ -313,13 +310,16 @@ def state_gradient_kernel(
         if (back == 0) | (j % TILES == TILES - 1):
             chunk = (j // TILES).to(tl.int64)
             tl.store(dstates + chunk * K * V, narrow(dstate, dstates.dtype.element_ty), mask=here)
-            after = tl.load(states + (chunk + 1) * K * V, mask=here, other=0.0).to(tl.float32)
-            product = tl.sum(tl.sum(dstate * after, 1), 0)
+            before = tl.load(states + chunk * K * V, mask=here, other=0.0).to(tl.float32)
+            product = tl.sum(tl.sum(dstate * before, 1), 0)
             if NORMALIZE:
                 tl.store(dn_states + chunk * K, dn, mask=here_n)
-                after_n = tl.load(n_states + (chunk + 1) * K, mask=here_n, other=0.0)
-                product += tl.sum(dn * after_n, 0)
-            tl.store(beyond + chunk, product)
+                before_n = tl.load(n_states + chunk * K, mask=here_n, other=0.0)
+                product += tl.sum(dn * before_n, 0)
+            span = j // TILES * TILES + tl.arange(0, SPAN)
+            decay = tl.sum(tl.load(totals + span, mask=span <= j, other=0.0), 0)
+            decay = tl.exp(decay + (tl.load(m + j // TILES * TILES) - tl.load(m + j + 1)))
+            tl.store(through + chunk, product * decay)
         tile_m = tl.load(m + j)
         decay = tl.exp(tl.load(totals + j) + tile_m - tl.load(m + j + 1))
         _, entered, m_T = query_gates(
@@ -374,8 +374,8 @@ def apply_state(
 
 @triton.jit
 def query_kernel(
-    a, b, c, out, own, sums, states, n_states, gates, docs, totals, m, rows,
-    scale, num_tokens, num_tiles, num_heads, num_states,
+    a, b, c, out, own, sums, outer, states, n_states, gates, docs, totals, m, rows,
+    scale, num_tokens, num_tiles, num_heads,
     a_batch, a_token, a_head, b_batch, b_token, b_head, c_batch, c_token, c_head,
     out_batch, out_token, out_head, own_batch, own_token, own_head, state_row, state_column,
     DA: tl.constexpr, DC: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
@@ -389,8 +389,9 @@ def query_kernel(
     dq_t = factor_t (sum_s w_ts (dy_t v_s + slope_t) k_s + w_t (S dy_t + slope_t n)), summed over
     the heads of a group, (a, b, c) = (dy, v, k). S is the state before the chunk.
 
-    sums (blocks of out, B, H, tokens) are the normaliser's in the first block; with GRADIENT those
-    of the gradients of the logs of a query's weights, from the block's part of own = q.
+    sums (blocks of out, B, H, tokens) are the normaliser's in the first block. With GRADIENT they
+    are those of the gradients of the logs of a query's weights, from the block's part of own = q:
+    sums for keys in its chunk, and outer for all that came before.
     """
     tile = tl.program_id(0) % num_tiles
     row = tl.program_id(0) // num_tiles
@@ -399,6 +400,7 @@ def query_kernel(
     num_outs = num_heads // HEADS
     batch, o = (row // num_outs).to(tl.int64), row % num_outs
     num_padded = num_tiles * BT
+    num_chunks = (num_tiles + TILES - 1) // TILES
     chunk, chunk_tile = tile // TILES, tile // TILES * TILES
     token, left = (tile * BT).to(tl.int64), num_tokens - tile * BT
     docs += batch * num_padded + tile * BT
@@ -407,8 +409,8 @@ def query_kernel(
 
     acc_TC = tl.full((BT, BC), 0.0, tl.float32)
     if GRADIENT:
-        place = own + batch * own_batch + o * own_head + token * own_token
-        own_TC = load_tile(place, own_token, first_c, left, DC, BT, BC)
+        own += batch * own_batch + o * own_head + token * own_token
+        own_TC = load_tile(own, own_token, first_c, left, DC, BT, BC)
     for r in range(HEADS):
         h = o * HEADS + r
         score_head, value_head = (h, o) if GRADIENT else (h // R, h)
@@ -435,22 +437,24 @@ def query_kernel(
         span = chunk_tile + tl.arange(0, SPAN)
         decay = tl.sum(tl.load(head_totals + span, mask=span < tile, other=0.0), 0)
         weight = tl.exp(entered + decay + (chunk_m - m_T)) * factor
-        place = head * num_states + chunk
-        state = states + place * DA * DC
+        state = states + (head * num_chunks + chunk) * DA * DC
+        n_state = n_states + (head * num_chunks + chunk) * (DC if GRADIENT else DA)
         before_TC = apply_state(
             head_a, state, a_token, left, state_row, state_column, first_c,
             DA, DC, BT, BS, BC, STATE_DOT, PRECISION,
         )  # fmt: skip
+        place = (tl.program_id(1) * (tl.num_programs(0) * HEADS) + head * num_tiles + tile) * BT
         head_sums = tl.full((BT,), 0.0, tl.float32)
         if GRADIENT:
             if NORMALIZE:
-                n = tl.load(n_states + place * DC + c_dims, mask=c_dims < DC, other=0.0)
+                n = tl.load(n_state + c_dims, mask=c_dims < DC, other=0.0)
                 before_TC += slope[:, None] * n[None, :]
-            head_sums = weight * tl.sum(own_TC.to(tl.float32) * before_TC, 1)
+            own_sums = tl.sum(own_TC.to(tl.float32) * before_TC, 1)
+            tl.store(outer + place + t, weight * own_sums)
         elif NORMALIZE:
             for first in range(0, DA, BA):
                 dims = first + tl.arange(0, BA)
-                n = tl.load(n_states + place * DA + dims, mask=dims < DA, other=0.0)
+                n = tl.load(n_state + dims, mask=dims < DA, other=0.0)
                 a_TA = load_tile(head_a, a_token, first, left, DA, BT, BA).to(tl.float32)
                 head_sums += tl.sum(a_TA * n[None, :], 1)
             head_sums *= weight
@@ -483,22 +487,20 @@ def query_kernel(
                 head_sums += tl.sum(p_TT, 1)
             acc_TC = dot(narrow(p_TT, DOT), c_TC.to(DOT), acc_TC, PRECISION)
 
-        block = tl.program_id(1) * (tl.num_programs(0) * HEADS)
-        place = sums + (block + head * num_tiles + tile) * BT + t
         if GRADIENT:
-            tl.store(place, head_sums)
+            tl.store(sums + place + t, head_sums)
         else:
             if NORMALIZE and first_c == 0:
-                tl.store(place, head_sums)
+                tl.store(sums + place + t, head_sums)
             acc_TC *= output_factor(scale * head_sums, m_T, scale, NORMALIZE, PLAIN)[:, None]
-    place = out + batch * out_batch + o * out_head + token * out_token
-    store_tile(place, acc_TC, out_token, first_c, left, DC, BT, BC)
+    out += batch * out_batch + o * out_head + token * out_token
+    store_tile(out, acc_TC, out_token, first_c, left, DC, BT, BC)
 
 
 @triton.jit
 def key_kernel(
-    a, b, c, out, own, sums, dstates, dn_states, gates, docs, totals, m, rows,
-    num_tokens, num_tiles, num_heads, num_states,
+    a, b, c, out, own, sums, outer, dstates, dn_states, gates, docs, totals, m, rows,
+    num_tokens, num_tiles, num_heads,
     a_batch, a_token, a_head, b_batch, b_token, b_head, c_batch, c_token, c_head,
     out_batch, out_token, out_head, own_batch, own_token, own_head, state_row, state_column,
     DA: tl.constexpr, DC: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
@@ -512,8 +514,8 @@ def key_kernel(
     dk_s = sum_t w_ts factor_t (v_s dy_t + slope_t) q_t + w_s (dS v_s + dn), summed over the heads
     of a group, (a, b, c) = (v, dy, q). dS is the gradient of the state after the chunk.
 
-    OF_KEYS also gives sums (blocks of out, B, H, tokens): those of the gradients of the logs of a
-    key's weights, so of log_i, from the block's part of own = k.
+    OF_KEYS also gives sums and outer (blocks of out, B, H, tokens) of the gradients of the logs of
+    a key's weights, from the block's part of own = k: for queries in its chunk, and for all after.
     """
     tile = tl.program_id(0) % num_tiles
     row = tl.program_id(0) // num_tiles
@@ -522,7 +524,7 @@ def key_kernel(
     num_outs = num_heads // HEADS
     batch, o = (row // num_outs).to(tl.int64), row % num_outs
     num_padded = num_tiles * BT
-    chunk = tile // TILES
+    num_chunks, chunk = (num_tiles + TILES - 1) // TILES, tile // TILES
     chunk_end = tl.minimum((chunk + 1) * TILES, num_tiles)
     token, left = (tile * BT).to(tl.int64), num_tokens - tile * BT
     docs += batch * num_padded
@@ -531,8 +533,8 @@ def key_kernel(
 
     acc_TC = tl.full((BT, BC), 0.0, tl.float32)
     if OF_KEYS:
-        place = own + batch * own_batch + o * own_head + token * own_token
-        own_TC = load_tile(place, own_token, first_c, left, DC, BT, BC)
+        own += batch * own_batch + o * own_head + token * own_token
+        own_TC = load_tile(own, own_token, first_c, left, DC, BT, BC)
     for r in range(HEADS):
         h = o * HEADS + r
         score_head, value_head = (h, o) if OF_KEYS else (h // R, h)
@@ -552,17 +554,19 @@ def key_kernel(
         beyond = (span > tile) & (span < chunk_end)
         decay = tl.sum(tl.load(head_totals + span, mask=beyond, other=0.0), 0)
         weight = tl.exp(end + decay - tl.load(head_m + chunk_end))
-        place = head * num_states + chunk
+        state = head * num_chunks + chunk
         after_TC = apply_state(
-            head_a, dstates + place * DA * DC, a_token, left, state_row, state_column, first_c,
+            head_a, dstates + state * DA * DC, a_token, left, state_row, state_column, first_c,
             DA, DC, BT, BS, BC, STATE_DOT, PRECISION,
         )  # fmt: skip
+        place = (tl.program_id(1) * (tl.num_programs(0) * HEADS) + head * num_tiles + tile) * BT
         head_sums = tl.full((BT,), 0.0, tl.float32)
         if OF_KEYS:
             if NORMALIZE:
-                dn = tl.load(dn_states + place * DC + c_dims, mask=c_dims < DC, other=0.0)
+                dn = tl.load(dn_states + state * DC + c_dims, mask=c_dims < DC, other=0.0)
                 after_TC += dn[None, :]
-            head_sums = weight * tl.sum(own_TC.to(tl.float32) * after_TC, 1)
+            own_sums = tl.sum(own_TC.to(tl.float32) * after_TC, 1)
+            tl.store(outer + place + t, weight * own_sums)
         acc_TC += after_TC * weight[:, None]
 
         # The tile itself, then the tiles after it, to the end of the chunk.
@@ -594,57 +598,83 @@ def key_kernel(
             acc_TC = dot(narrow(p_TT, DOT), c_TC.to(DOT), acc_TC, PRECISION)
 
         if OF_KEYS:
-            block = tl.program_id(1) * (tl.num_programs(0) * HEADS)
-            tl.store(sums + (block + head * num_tiles + tile) * BT + t, head_sums)
-    place = out + batch * out_batch + o * out_head + token * out_token
-    store_tile(place, acc_TC, out_token, first_c, left, DC, BT, BC)
+            tl.store(sums + place + t, head_sums)
+    out += batch * out_batch + o * out_head + token * out_token
+    store_tile(out, acc_TC, out_token, first_c, left, DC, BT, BC)
+
+
+@triton.jit
+def add_blocks(x, block_size, num_blocks: tl.constexpr, BT: tl.constexpr):
+    """Return (BT,), the sum over what blocks have for a tile."""
+    result = tl.full((BT,), 0.0, tl.float32)
+    for block in range(num_blocks):
+        result += tl.load(x + block * block_size + tl.arange(0, BT))
+    return result
 
 
 @triton.jit
 def gate_gradient_kernel(
-    queries, keys, beyond, docs, dlog_f, dlog_i,
+    queries, queries_outer, keys, keys_outer, through, docs, dlog_f, dlog_i,
     num_tokens, num_tiles, num_heads, num_rows,
-    num_blocks: tl.constexpr, num_beyond: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
+    num_blocks: tl.constexpr, num_through: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr,
     HAS_RESETS: tl.constexpr,
 ):  # fmt: skip
-    """Add up the gradients of the gates of a chunk of a head; dlog_f and dlog_i are (B, T, H).
+    """Add up the gradients of the gates of a tile of a head; dlog_f and dlog_i are (B, T, H).
 
     Weights are exp(query - key). d log_i is what a key gets; d log_f is what decays across the
-    token get: in the chunk, queries minus keys from here on; beyond it, the share of the outgoing
-    state. Sums stay in a chunk and document: nothing cancels over long distances.
+    token get. Inside the chunk that is queries minus keys from here on, in its document; besides,
+    what queries from here on get from before the chunk, what keys before the token get from after
+    the chunk, and what goes through it. Nothing that was rounded differently cancels.
     """
-    num_chunks = (num_tiles + TILES - 1) // TILES
-    chunk = tl.program_id(0) % num_chunks
-    head = (tl.program_id(0) // num_chunks).to(tl.int64)
+    tile = tl.program_id(0) % num_tiles
+    head = (tl.program_id(0) // num_tiles).to(tl.int64)
     batch, h = head // num_heads, head % num_heads
-    num_padded = num_tiles * BT
-    t = tl.arange(0, BT)
-    later = 0.0
-    for part in range(num_beyond):
-        later += tl.load(beyond + (part * num_rows + head) * num_chunks + chunk)
+    num_padded, num_chunks = num_tiles * BT, (num_tiles + TILES - 1) // TILES
+    block_size = num_rows * num_padded
+    chunk, t = tile // TILES, tl.arange(0, BT)
     chunk_end = tl.minimum((chunk + 1) * TILES, num_tiles)
-    for back in range(chunk_end - chunk * TILES):
-        tile = chunk_end - 1 - back
-        query, key = tl.full((BT,), 0.0, tl.float32), tl.full((BT,), 0.0, tl.float32)
-        for part in range(num_blocks):
-            place = (part * num_rows + head) * num_padded + tile * BT + t
-            query += tl.load(queries + place)
-            key += tl.load(keys + place)
-        rest = query - key
-        place = docs + batch * num_padded + tile * BT
-        seen = same_tile(place, BT, HAS_RESETS)
-        gradient = tl.sum(tl.where(seen, rest[:, None], 0.0), 0)
+    queries += head * num_padded
+    queries_outer += head * num_padded
+    keys += head * num_padded
+    keys_outer += head * num_padded
+    docs += batch * num_padded
+
+    inner, outer, unbroken = 0.0, 0.0, 1.0
+    for block in range(num_through):
+        outer += tl.load(through + (block * num_rows + head) * num_chunks + chunk)
+    for back in range(tile - chunk * TILES):
+        j = tile - 1 - back
+        outer += tl.sum(add_blocks(keys_outer + j * BT, block_size, num_blocks, BT), 0)
+    for ahead in range(chunk_end - tile - 1):
+        j = tile + 1 + ahead
+        outer += tl.sum(add_blocks(queries_outer + j * BT, block_size, num_blocks, BT), 0)
+        rest = add_blocks(queries + j * BT, block_size, num_blocks, BT)
+        rest -= add_blocks(keys + j * BT, block_size, num_blocks, BT)
         if HAS_RESETS:
-            doc = tl.load(place + t)
-            last_doc = tl.max(doc, 0)
-            gradient += tl.where(doc == last_doc, later, 0.0)
-            is_reset = doc != tl.load(place + t - 1, mask=t > 0, other=0)
-            gradient = tl.where(is_reset, 0.0, gradient)
-            later = tl.where(last_doc == 0, later, 0.0) + tl.sum(tl.where(doc == 0, rest, 0.0), 0)
+            doc = tl.load(docs + j * BT + t)
+            inner += unbroken * tl.sum(tl.where(doc == 0, rest, 0.0), 0)
+            unbroken = tl.where(tl.max(doc, 0) == 0, unbroken, 0.0)
         else:
-            gradient += later
-            later += tl.sum(rest, 0)
-        token = tile * BT + t
-        place_out = (batch * num_tokens + token) * num_heads + h
-        tl.store(dlog_f + place_out, gradient, mask=token < num_tokens)
-        tl.store(dlog_i + place_out, key, mask=token < num_tokens)
+            inner += tl.sum(rest, 0)
+
+    key = add_blocks(keys + tile * BT, block_size, num_blocks, BT)
+    key_outer = add_blocks(keys_outer + tile * BT, block_size, num_blocks, BT)
+    query_outer = add_blocks(queries_outer + tile * BT, block_size, num_blocks, BT)
+    rest = add_blocks(queries + tile * BT, block_size, num_blocks, BT) - key
+    later = t[:, None] >= t[None, :]
+    seen = same_tile(docs + tile * BT, BT, HAS_RESETS)
+    gradient = outer + tl.sum(
+        tl.where(seen, rest[:, None], 0.0) + tl.where(later, query_outer[:, None], 0.0), 0
+    )
+    gradient += tl.sum(tl.where(t[:, None] > t[None, :], key_outer[None, :], 0.0), 1)
+    if HAS_RESETS:
+        doc = tl.load(docs + tile * BT + t)
+        gradient += tl.where(doc == tl.max(doc, 0), inner, 0.0)
+        is_reset = doc != tl.load(docs + tile * BT + t - 1, mask=t > 0, other=0)
+        gradient = tl.where(is_reset, 0.0, gradient)
+    else:
+        gradient += inner
+    token = tile * BT + t
+    place = (batch * num_tokens + token) * num_heads + h
+    tl.store(dlog_f + place, gradient, mask=token < num_tokens)
+    tl.store(dlog_i + place, key + key_outer, mask=token < num_tokens)

@@ -41,8 +41,8 @@ def forward(
     sums_BHT = gates.new_empty((plan.B, plan.H, plan.padded) if normalize else 0)
     blocks, options = _block_options(plan, q.dtype, states_dtype, plan.K, plan.V)
     kernels.query_kernel[plan.B * plan.H * plan.num_tiles, blocks](
-        q, k, v, y, q, sums_BHT, states, n_states, gates, docs, totals, m_BHN, gates,
-        scale, plan.T, plan.num_tiles, plan.H, plan.num_chunks + 1,
+        q, k, v, y, q, sums_BHT, sums_BHT, states, n_states, gates, docs, totals, m_BHN, gates,
+        scale, plan.T, plan.num_tiles, plan.H,
         *_strides(q, k, v, y, q), plan.V, 1,
         GRADIENT=False, NORMALIZE=normalize, PLAIN=plain, HAS_RESETS=len(docs) > 0, **options,
     )  # fmt: skip
@@ -87,42 +87,45 @@ def backward(
         V=plan.V, BT=plan.tile, BV=min(128, _padded(plan.V)), PLAIN=plain, **flags,
     )  # fmt: skip
 
-    dstates = torch.empty_like(states[:, :, 1:])
-    dn_states = n_states.new_empty((plan.B, plan.H, plan.num_chunks, plan.K) if normalize else 0)
+    dstates = torch.empty_like(states)
+    dn_states = torch.empty_like(n_states)
     dinitial, dinitial_n = torch.empty_like(C_BHKV), torch.empty_like(n_BHK)
     grid, options = _state_options(plan, v.dtype)
-    beyond = gates.new_empty(grid[1] * grid[2], plan.B, plan.H, plan.num_chunks)
+    through = gates.new_empty(grid[1] * grid[2], plan.B, plan.H, plan.num_chunks)
     kernels.state_gradient_kernel[grid](
         q, dy, gates, docs, totals, m_BHN, rows, states, n_states,
-        dC_BHKV.contiguous(), dn_BHK.contiguous(), dstates, dn_states, dinitial, dinitial_n, beyond,
-        *sizes, *_strides(q, dy), **flags, **options,
+        dC_BHKV.contiguous(), dn_BHK.contiguous(), dstates, dn_states,
+        dinitial, dinitial_n, through,
+        *sizes, *_strides(q, dy), SPAN=triton.next_power_of_2(plan.tiles), **flags, **options,
     )  # fmt: skip
 
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     blocks, options = _block_options(plan, q.dtype, states_dtype, plan.V, plan.K)
-    queries, keys = (gates.new_empty(blocks, plan.B, plan.H, plan.padded) for _ in range(2))
+    queries, queries_outer, keys, keys_outer = (
+        gates.new_empty(blocks, plan.B, plan.H, plan.padded) for _ in range(4)
+    )
     kernels.query_kernel[plan.B * plan.G * plan.num_tiles, blocks](
-        dy, v, k, dq, q, queries, states, n_states, gates, docs, totals, m_BHN, rows,
-        scale, *sizes, plan.num_chunks + 1, *_strides(dy, v, k, dq, q), 1, plan.V,
+        dy, v, k, dq, q, queries, queries_outer, states, n_states, gates, docs, totals, m_BHN, rows,
+        scale, *sizes, *_strides(dy, v, k, dq, q), 1, plan.V,
         GRADIENT=True, PLAIN=plain, **flags, **options,
     )  # fmt: skip
     kernels.key_kernel[plan.B * plan.G * plan.num_tiles, blocks](
-        v, dy, q, dk, k, keys, dstates, dn_states, gates, docs, totals, m_BHN, rows,
-        *sizes, plan.num_chunks, *_strides(v, dy, q, dk, k), 1, plan.V,
+        v, dy, q, dk, k, keys, keys_outer, dstates, dn_states, gates, docs, totals, m_BHN, rows,
+        *sizes, *_strides(v, dy, q, dk, k), 1, plan.V,
         OF_KEYS=True, **flags, **options,
     )  # fmt: skip
     blocks, options = _block_options(plan, q.dtype, states_dtype, plan.K, plan.V)
     kernels.key_kernel[plan.B * plan.H * plan.num_tiles, blocks](
-        k, q, dy, dv, k, keys, dstates, dn_states, gates, docs, totals, m_BHN, rows,
-        *sizes, plan.num_chunks, *_strides(k, q, dy, dv, k), plan.V, 1,
+        k, q, dy, dv, k, keys, keys_outer, dstates, dn_states, gates, docs, totals, m_BHN, rows,
+        *sizes, *_strides(k, q, dy, dv, k), plan.V, 1,
         OF_KEYS=False, **flags, **options,
     )  # fmt: skip
 
     dlog_f, dlog_i = (gates.new_empty(plan.B, plan.T, plan.H) for _ in range(2))
-    kernels.gate_gradient_kernel[plan.B * plan.H * plan.num_chunks,](
-        queries, keys, beyond, docs, dlog_f, dlog_i, *sizes, plan.B * plan.H,
-        num_blocks=len(keys), num_beyond=len(beyond), TILES=plan.tiles, BT=plan.tile,
-        HAS_RESETS=len(docs) > 0,
+    kernels.gate_gradient_kernel[plan.B * plan.H * plan.num_tiles,](
+        queries, queries_outer, keys, keys_outer, through, docs, dlog_f, dlog_i,
+        *sizes, plan.B * plan.H, num_blocks=len(keys), num_through=len(through),
+        TILES=plan.tiles, BT=plan.tile, HAS_RESETS=len(docs) > 0,
     )  # fmt: skip
     return dq, dk, dv, dlog_f, dlog_i, dinitial, dinitial_n
 
@@ -153,8 +156,8 @@ def _walk_states(
     normalize: bool,
     states_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the states and n before each chunk and after the last, and the final ones again."""
-    before = plan.B, plan.H, plan.num_chunks + 1
+    """Return the states and n before each chunk, and the final ones."""
+    before = plan.B, plan.H, plan.num_chunks
     states = C_BHKV.new_empty(*before, plan.K, plan.V, dtype=states_dtype)
     n_states = n_BHK.new_empty((*before, plan.K) if normalize else 0)
     final = torch.empty(C_BHKV.shape, dtype=C_BHKV.dtype, device=C_BHKV.device)

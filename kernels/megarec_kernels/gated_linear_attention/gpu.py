@@ -208,9 +208,10 @@ def _backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, log_f, log_i, C_BHKV, n_BHK, _, resets, *ctx.options = inputs
     y, _, _, m_BHN, sums_BHT = output
-    if sums_BHT.numel() == 0:
-        y = None  # only the normaliser's gradient needs it
-    ctx.save_for_backward(q, k, v, log_f, log_i, C_BHKV, n_BHK, resets, y, m_BHN, sums_BHT)
+    normalize = sums_BHT.numel() > 0  # else no gradient depends on y
+    ctx.save_for_backward(
+        q, k, v, log_f, log_i, C_BHKV, n_BHK, resets, y if normalize else None, m_BHN, sums_BHT
+    )
 
 
 def _differentiate(

@@ -37,7 +37,7 @@ def forward(
     states, n_states, final, final_n = _walk_states(
         plan, k, v, gates, totals, m_BHN, C_BHKV, n_BHK, normalize, states_dtype
     )
-    y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    y = _empty(v)
     sums_BHT = gates.new_empty((plan.B, plan.H, plan.padded) if normalize else 0)
     blocks, options = _block_options(plan, q.dtype, states_dtype, plan.K, plan.V)
     kernels.query_kernel[plan.B * plan.H * plan.num_tiles, blocks](
@@ -89,7 +89,7 @@ def backward(
 
     dstates = torch.empty_like(states)
     dn_states = torch.empty_like(n_states)
-    dinitial, dinitial_n = torch.empty_like(C_BHKV), torch.empty_like(n_BHK)
+    dinitial, dinitial_n = _empty(C_BHKV), _empty(n_BHK)
     grid, options = _state_options(plan, v.dtype)
     through = gates.new_empty(grid[1] * grid[2], plan.B, plan.H, plan.num_chunks)
     kernels.state_gradient_kernel[grid](
@@ -99,7 +99,7 @@ def backward(
         *sizes, *_strides(q, dy), SPAN=triton.next_power_of_2(plan.tiles), **flags, **options,
     )  # fmt: skip
 
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = map(_empty, (q, k, v))
     blocks, options = _block_options(plan, q.dtype, states_dtype, plan.V, plan.K)
     queries, queries_outer, keys, keys_outer = (
         gates.new_empty(blocks, plan.B, plan.H, plan.padded) for _ in range(4)
@@ -160,8 +160,7 @@ def _walk_states(
     before = plan.B, plan.H, plan.num_chunks
     states = C_BHKV.new_empty(*before, plan.K, plan.V, dtype=states_dtype)
     n_states = n_BHK.new_empty((*before, plan.K) if normalize else 0)
-    final = torch.empty(C_BHKV.shape, dtype=C_BHKV.dtype, device=C_BHKV.device)
-    final_n = torch.empty(n_BHK.shape, dtype=n_BHK.dtype, device=n_BHK.device)
+    final, final_n = _empty(C_BHKV), _empty(n_BHK)
     grid, options = _state_options(plan, v.dtype)
     kernels.state_kernel[grid](
         k, v, gates, totals, m_BHN, C_BHKV.contiguous(), n_BHK.contiguous(),
@@ -221,8 +220,13 @@ def _count_resets(plan: Plan, resets: Tensor | None, device: torch.device) -> Te
     if resets is None:
         return torch.empty(0, dtype=torch.int32, device=device)
     padded = torch.nn.functional.pad(resets, (0, plan.padded - plan.T))
-    tiles = padded.view(plan.B, plan.num_tiles, plan.tile)
+    tiles = padded.reshape(plan.B, plan.num_tiles, plan.tile)
     return tiles.cumsum(-1, dtype=torch.int32).view(plan.B, -1)
+
+
+def _empty(x: Tensor) -> Tensor:
+    """Return a tensor like x, contiguous whatever its strides."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _dense_rows(x_BTHD: Tensor) -> Tensor:

@@ -69,12 +69,27 @@ def outputs_and_gradients(
     rng = torch.Generator().manual_seed(seed)
     loss = torch.zeros((), dtype=torch.float64)
     for name, x in results.items():
-        weight = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.dtype)
+        weight = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x)
         if name != "final.m":
             loss = loss + (x * weight).masked_fill(x.isinf(), 0).sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     results |= {f"d{key}": g for key, g in zip(leaves, gradients, strict=True)}
     return {name: x.detach() for name, x in results.items()}
+
+
+def assert_rms(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    """Compare the RMS error of each tensor with its RMS; infinities must be the same.
+
+    An RMS below 0.1 counts as that: what is left where terms of size 1 cancel is their rounding.
+    """
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        got, want = actual[name].double(), want.double()
+        infinite = want.isinf()
+        assert torch.equal(got[infinite], want[infinite]), f"{name}: infinities differ"
+        error = (got - want)[~infinite].norm()
+        allowed = bound * want[~infinite].norm().clamp_min(0.1 * want.numel() ** 0.5)
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

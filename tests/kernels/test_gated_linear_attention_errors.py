@@ -41,7 +41,15 @@ BAD = {
         r"state\['m'\]: got shape \(2,\), expected \(2, 2\)",
     ),
     "backend": ({"backend": "cuda"}, r"backend: got 'cuda', expected one of 'auto'"),
-    "gpu": ({"backend": "gpu"}, r"backend='gpu' is not built yet"),
+    "gpu and float64": (
+        {"backend": "gpu", "v": torch.zeros(2, 13, 2, 4).double()}
+        | {name: torch.zeros(2, 13, 2, 3).double() for name in ("q", "k")},
+        r"backend='gpu': the kernels compute in float32 and refuse float64; use 'eager'",
+    ),
+    "gpu and wide heads": (
+        {"backend": "gpu", "v": torch.zeros(2, 13, 2, 513)},
+        r"backend='gpu': the kernels take head dims up to 512, got 513; use 'eager'",
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from megarec_kernels.dispatch import choose_backend
 from megarec_kernels.gated_linear_attention.checks import check_inputs
 from megarec_kernels.gated_linear_attention.eager import gated_linear_attention_eager
+from megarec_kernels.gated_linear_attention.gpu import gated_linear_attention_gpu, gpu_problem
 from megarec_kernels.gated_linear_attention.reference import gated_linear_attention_reference
 from megarec_kernels.gated_linear_attention.step import (
     gated_linear_attention_step,
@@ -19,6 +20,7 @@ __all__ = ["gated_linear_attention", "gated_linear_attention_step", "initial_sta
 FORMS = {
     "reference": gated_linear_attention_reference,
     "eager": gated_linear_attention_eager,
+    "gpu": gated_linear_attention_gpu,
 }
 
 
@@ -59,7 +61,8 @@ def gated_linear_attention(
         normalize: Divide by the normaliser, in units of exp(m) and with 1e-6 added. Without it
             y is the plain sum, which overflows where gates add up beyond the dtype's range.
         chunk_size: Tokens a chunk, at most; the result depends on it by rounding alone.
-        backend: "auto", "reference" or "eager"; MEGAREC_KERNELS overrides it.
+        backend: "auto", "reference", "eager" or "gpu" (Triton kernels, which "auto" takes on a GPU
+            where they fit); MEGAREC_KERNELS overrides it.
 
     Returns:
         y (B, T, H, Dv) in v's dtype.
@@ -73,7 +76,10 @@ def gated_linear_attention(
         ValueError: An argument does not fit; the message names it.
     """
     check_inputs(q, k, v, log_f, log_i, resets, state, gate, normalize, chunk_size)
-    y, state = FORMS[choose_backend("gated_linear_attention", backend)](
+    problem = gpu_problem(q, v)
+    fastest = "gpu" if v.is_cuda and problem is None else "eager"
+    form = choose_backend("gated_linear_attention", backend, FORMS, fastest, problem)
+    y, state = FORMS[form](
         q,
         k,
         v,

@@ -25,9 +25,11 @@ from megarec_kernels.attention import attention
 from megarec_kernels.causal_conv1d import causal_conv1d
 from megarec_kernels.dispatch import ENVIRONMENT_VARIABLE
 from megarec_kernels.gated_linear_attention import gated_linear_attention
+from megarec_kernels.grouped_norm import grouped_norm
 from megarec_kernels.linear_cross_entropy import linear_cross_entropy
 from megarec_kernels.linear_distillation import linear_distillation
 from megarec_kernels.newton_rnn import Cell, ParaGRUCell, ParaLSTMCell, Solver, newton_rnn
+from megarec_kernels.swiglu import swiglu
 
 Tensors = dict[str, Tensor]
 Draw = Callable[..., Tensor]
@@ -187,6 +189,27 @@ CASES = (
             "tail": draw(B, 3, 48),
             "resets": _resets(),
         },
+    ),
+    Case(
+        "grouped_norm",
+        lambda backend, **inputs: {
+            "y": grouped_norm(**inputs, eps=1e-6, group_dim=24, backend=backend)
+        },
+        lambda draw: {"x": draw(B, T, 48), "weight": draw(48), "gate": draw(B, T, 48)},
+        variant="gated RMSNorm",
+    ),
+    Case(
+        "grouped_norm",
+        lambda backend, **inputs: {
+            "y": grouped_norm(**inputs, eps=1e-6, center=True, backend=backend)
+        },
+        lambda draw: {"x": draw(B, T, 48)},
+        variant="LayerNorm",
+    ),
+    Case(
+        "swiglu",
+        lambda backend, **inputs: {"y": swiglu(**inputs, backend=backend)},
+        lambda draw: {"gate": draw(B, T, 48), "up": draw(B, T, 48)},
     ),
     Case(
         "attention",

@@ -11,6 +11,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a block of threads may have there."""
+
 
 class H100:
     """What Triton asks its driver before it compiles."""
@@ -27,10 +30,22 @@ class H100:
 
 def compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
     def launch(*arguments: object, **options: object) -> None:
-        assert kernel.run(*arguments, grid=grid, warmup=True, **options).asm["cubin"]
+        compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= SHARED_MEMORY, kernel.__name__
         print(kernel.__module__, kernel.__name__)
 
     return launch
+
+
+def linear_attention(T: int, K: int, V: int, dtype: torch.dtype) -> Tensor:
+    B, G, H = 1, 1, 2
+    q, v = torch.randn(B, T, G, K, dtype=dtype), torch.randn(B, T, H, V, dtype=dtype)
+    gates, resets = torch.zeros(B, T, H), torch.zeros(B, T, dtype=torch.bool)
+    state = torch.zeros(B, H, K, V), torch.zeros(B, H, K), torch.zeros(B, H)
+    options = 0.1, True, False, 128, torch.bfloat16
+    inputs = q.requires_grad_(), q, v, gates, gates, *state, resets, *options
+    return torch.ops.megarec.gated_linear_attention(*inputs)[0]
 
 
 def conv(B: int, T: int, C: int, K: int, dtype: torch.dtype, whole: bool) -> Tensor:
@@ -68,6 +83,7 @@ def main() -> None:
     import megarec_kernels  # noqa: F401  # registers the ops
 
     for output in (
+        linear_attention(150, 32, 64, torch.bfloat16),
         conv(2, 256, 256, 4, torch.bfloat16, whole=True),
         conv(1, 1, 1, 2, torch.float32, whole=False),
         norm(1024, 4096, 512, torch.bfloat16, whole=True),

@@ -4,11 +4,7 @@ Without a GPU kernels run in Triton's interpreter, where a tile of a head takes 
 """
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -301,12 +297,3 @@ def test_on_the_cpu_only_the_interpreter_runs_kernels(monkeypatch):
     monkeypatch.setattr("megarec_kernels.dispatch.HAS_TRITON", False)
     with pytest.raises(ValueError, match="MEGAREC_KERNELS='gpu': needs Triton: pip install triton"):
         gated_linear_attention(**inputs)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the other tests compile the kernels")
-def test_kernels_compile_for_a_gpu(tmp_path):
-    script = Path(__file__).with_name("compile_for_h100.py")
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 12  # launches, forward and backward

@@ -13,7 +13,14 @@ KERNELS = {
     f"megarec_kernels.{op}.gpu_kernels {direction}_kernel"
     for op in ("causal_conv1d", "grouped_norm", "swiglu")
     for direction in ("forward", "backward")
-} | {"megarec_kernels.linear_cross_entropy.gpu_kernels row_kernel"}
+}
+KERNELS |= {"megarec_kernels.linear_cross_entropy.gpu_kernels row_kernel"}
+KERNELS |= {
+    f"megarec_kernels.gated_linear_attention.gpu_kernels {name}_kernel"
+    for name in (
+        *("gate", "carry", "state", "query", "row", "state_gradient", "key", "gate_gradient"),
+    )
+}
 
 
 def test_kernels_compile_for_an_h100(tmp_path):

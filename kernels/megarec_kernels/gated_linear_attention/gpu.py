@@ -140,10 +140,11 @@ def _forward(
     """
     from megarec_kernels.gated_linear_attention.gpu_launch import forward
 
-    return forward(
-        make_plan(q, v, chunk_size), q, k, v, log_f, log_i, C_BHKV, n_BHK, m_BH, resets,
-        scale, normalize, plain, states_dtype,
-    )  # fmt: skip
+    with torch.accelerator.device_index(q.device.index):
+        return forward(
+            make_plan(q, v, chunk_size), q, k, v, log_f, log_i, C_BHKV, n_BHK, m_BH, resets,
+            scale, normalize, plain, states_dtype,
+        )  # fmt: skip
 
 
 @_forward.register_fake
@@ -190,10 +191,11 @@ def _backward(
     """
     from megarec_kernels.gated_linear_attention.gpu_launch import backward
 
-    return backward(
-        make_plan(q, v, chunk_size), dy, dC_BHKV, dn_BHK, q, k, v, log_f, log_i, C_BHKV, n_BHK,
-        resets, y, m_BHN, sums_BHT, scale, normalize, plain, states_dtype,
-    )  # fmt: skip
+    with torch.accelerator.device_index(q.device.index):
+        return backward(
+            make_plan(q, v, chunk_size), dy, dC_BHKV, dn_BHK, q, k, v, log_f, log_i, C_BHKV, n_BHK,
+            resets, y, m_BHN, sums_BHT, scale, normalize, plain, states_dtype,
+        )  # fmt: skip
 
 
 @_backward.register_fake

@@ -32,6 +32,9 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "tied": model_tree(num_layers=3, head={"tie_embeddings": True}, **EVEN),
     "looped": looped_tree(depth=POISSON, backprop=2, norm_core_output=True) | EVEN,
+    "looped mlstm": looped_tree(backprop=2)
+    | {"d_model": 32, "blocks": {"b": {"mixer": CALM, "ffn": {"d_ff": 24}}}}
+    | EVEN,
     "hybrid": layers_tree(MAMBA, ATTENTION, MAMBA, MAMBA, MAMBA, **EVEN),
     "para_gru": layers_tree(*[{"type": "para_gru"}] * 3, **EVEN),
 }

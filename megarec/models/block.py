@@ -1,26 +1,19 @@
 """A block: norm, mixer, residual; then norm, feed-forward, residual; either may be missing."""
 
-from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from megarec.config.model import BlockConfig, NormConfig
-from megarec.errors import UserError
 from megarec.models.context import Context
 from megarec.models.ffn import FFN
 from megarec.models.init import Initializer
 from megarec.models.mixer import Mixer
 from megarec.models.norm import RMSNorm, Scale
+from megarec.models.recompute import keeping
 from megarec.models.state import State
 
 
@@ -29,7 +22,7 @@ class Block(nn.Module):
 
     The residual stream keeps x's dtype. `recompute = True` frees the block's activations in the
     forward pass and computes them again in the backward pass, all but the results of `saved_ops`
-    (see `find_ops`); it is done in here so that parameter names never change.
+    (see recompute.find_ops); it is done in here so that parameter names never change.
     """
 
     def __init__(self, config: BlockConfig, d_model: int, norm: NormConfig) -> None:
@@ -51,10 +44,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, State]:
         """Run the block on x (batch, time, d_model); returns x and the mixer's state."""
         if self.recompute and torch.is_grad_enabled():
-            contexts = noop_context_fn
-            if self.saved_ops:
-                keep = partial(_keep, self.saved_ops)
-                contexts = partial(create_selective_checkpoint_contexts, keep)
+            contexts = partial(keeping, self.saved_ops) if self.saved_ops else noop_context_fn
             return checkpoint(
                 self._forward, x_BTD, ctx, state, use_reentrant=False, context_fn=contexts
             )
@@ -101,36 +91,6 @@ class Block(nn.Module):
         if self.ffn is not None:
             _init_branch(self.ffn_norm, self.ffn_residual, init)
             self.ffn.init_weights(init)
-
-
-def find_ops(names: Iterable[str]) -> frozenset[OpOverload]:
-    """Return torch's ops of these names, `aten` ops or functional collectives.
-
-    Raises:
-        UserError: torch has no op of a name.
-    """
-    found: set[OpOverload] = set()
-    for name in names:
-        spaces = (torch.ops.aten, torch.ops._c10d_functional)
-        packet = next((getattr(space, name) for space in spaces if hasattr(space, name)), None)
-        if packet is None:
-            raise UserError(
-                f"parallel.saved_ops: {name}: torch {torch.__version__} has no such op; expected "
-                "the name of an aten op or a functional collective, mm say"
-            )
-        overloads = [getattr(packet, overload) for overload in packet.overloads()]
-        # What writes to its arguments has to run again: they are made anew.
-        found |= {op for op in overloads if not op._schema.is_mutable}
-    return frozenset(found)
-
-
-def _keep(saved: frozenset[OpOverload], _: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
-    # An op with a backward of its own runs without autograd. It is computed again as a whole: what
-    # its matmuls give is large, and may be written over. What ranks have sent stays as it is.
-    is_collective = op.namespace == "_c10d_functional"
-    if op in saved and (is_collective or torch.is_grad_enabled()):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Residual(nn.Module):

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, Placement
 from megarec.config.model import ModelConfig
 from megarec.config.schema import Config, ParallelConfig
 from megarec.models.backbone import Backbone
-from megarec.models.block import Block, find_ops
+from megarec.models.block import Block
+from megarec.models.recompute import find_ops
 from megarec.optim.build import freeze
 from megarec.parallel.compile import compile_blocks
 from megarec.parallel.mesh import data_mesh

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megarec.config.schema import Config
 from megarec.data.loader import accumulation_steps
-from megarec.models.block import find_ops
+from megarec.models.recompute import find_ops
 from megarec.parallel.compile import check_compile
 from megarec.parallel.mesh import place, resolve_axes
 from megarec.parallel.pipeline import check_stages

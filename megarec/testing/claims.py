@@ -18,9 +18,9 @@ from megarec.config.model import ModelConfig
 from megarec.config.schema import SAVED_OPS
 from megarec.errors import UserError
 from megarec.models.backbone import Backbone, build_model
-from megarec.models.block import find_ops
 from megarec.models.context import Context
 from megarec.models.mixer import Mixer
+from megarec.models.recompute import find_ops
 from megarec.parallel.tensor import divided_dim
 from megarec.testing.case import NUM_ROWS, NUM_TOKENS, Case, close, kernels, require
 from megarec.testing.memory import LiveBytes

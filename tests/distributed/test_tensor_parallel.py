@@ -97,12 +97,25 @@ def bfloat16(rank: int) -> dict[str, float]:
     return {"loss": loss, "wide": float(dtypes == {"torch.float32"})}
 
 
+def recomputed(rank: int) -> dict[str, list[tuple[float, float]]]:
+    """Loss and gradient norm of modules in two precisions, whatever is kept of the forward."""
+    return {
+        f"{model}, {mesh}": [
+            Run(rank, 2, model, mesh | {"activation_checkpointing": how}, "bfloat16").step(0)
+            for how in ("none", "selective", "full")
+        ]
+        for model in ("hybrid", "looped mlstm")
+        for mesh in ({"tp": 2}, {"dp_shard": 2})
+    }
+
+
 def everything(rank: int, world_size: int) -> dict[str, Any]:
     return {
         "counts": counts(),
         "placements": placements(rank),
         "logits": logits(),
         "bfloat16": bfloat16(rank),
+        "recomputed": recomputed(rank),
     }
 
 
@@ -162,3 +175,9 @@ def test_bfloat16_keeps_gradients_in_float32() -> None:
     ((loss, _), *_) = train_alone(["hybrid"])["hybrid"]["steps"]
     assert sum(rank["bfloat16"]["loss"] for rank in ranks()) == pytest.approx(loss, rel=1e-2)
     assert all(rank["bfloat16"]["wide"] for rank in ranks())
+
+
+def test_recomputation_changes_no_bit_where_fsdp_gathers_inside_of_a_block() -> None:
+    for rank in ranks():
+        for name, (kept, *again) in rank["recomputed"].items():
+            assert again == [kept, kept], name

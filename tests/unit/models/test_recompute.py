@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megarec.config.model import ModelConfig
 from megarec.config.schema import SAVED_OPS
 from megarec.errors import UserError
-from megarec.models.block import Block, find_ops
+from megarec.models.block import Block
 from megarec.models.context import Context
+from megarec.models.recompute import find_ops
 from megarec.testing import case
 from megarec.testing.memory import Memory, measure
 

@@ -77,11 +77,9 @@ def gated_group_norm(width: int, num_groups: int) -> Numbers:
     return Numbers(narrow=width, wide=3 * width + num_groups)
 
 
-def causal_conv(width: int, kernel: int) -> Numbers:
-    """Return what CausalConv keeps: its input, once more a tap with what a token must not see
-    masked, and the sum that the activation reads.
-    """
-    return Numbers(wide=(kernel + 1) * width)
+def causal_conv(width: int) -> Numbers:
+    """Return what CausalConv keeps: its input."""
+    return Numbers(narrow=width)
 
 
 def linear_attention(

@@ -189,8 +189,8 @@ WRONG_ACTIVATIONS: dict[str, tuple[MixerConfig, Callable[[Any, int, int], Number
         lambda c, d, n: Numbers(copies=-2 * d),
     ),
     "mamba2 without the convolution": (
-        Mamba2Config(num_heads=4, head_dim=8, state_dim=8, chunk_size=8),
-        lambda c, d, n: Numbers() - causal_conv(sum(c.stream_widths().values()), c.conv_kernel),
+        Mamba2Config(num_heads=2, num_groups=2, head_dim=4, state_dim=16, chunk_size=8),
+        lambda c, d, n: Numbers() - causal_conv(sum(c.stream_widths().values())),
     ),
     "attention without keys and values": (
         AttentionConfig(num_heads=2),

@@ -5,10 +5,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from gla_cases import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megarec_kernels.causal_conv1d import causal_conv1d
-from op_cases import compare, make_resets, random_inputs
+from op_cases import compare, make_resets, outputs_and_gradients, random_inputs
+from torch.utils.checkpoint import checkpoint
 
 # In bfloat16 what is left is rounding, 2^-8 at most: of what y gives to a gradient, of what the
 # tail gives, and of their sum. All else is computed in float32.
@@ -165,6 +167,49 @@ def test_float32_weights_are_not_rounded_to_bfloat16():
     inputs["x"] = inputs["x"].double()
     expected, _ = causal_conv1d(**inputs, backend="reference")
     assert torch.equal(y, expected.bfloat16())
+
+
+def test_what_is_hidden_spoils_no_gradient():
+    inputs = make_inputs(dtype=torch.float32)
+    resets = make_resets(2, 9, 0)
+    spoiled = inputs | {"tail": inputs["tail"] * torch.nan}
+    options = {"resets": resets, "activation": "silu", "backend": "eager"}
+    expected = outputs_and_gradients(run, inputs, **options)
+    actual = outputs_and_gradients(run, spoiled, **options)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_nothing_but_the_inputs_is_kept(activation):
+    leaves = [x.requires_grad_() for x in make_inputs(dtype=torch.float32).values()]
+    x, weight, bias, tail = leaves
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        causal_conv1d(x, weight, bias, tail=tail, activation=activation, backend="eager")
+    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in leaves}
+
+
+def test_other_strides_no_graph_break_and_recomputation():
+    """A slice of a wider projection, its result turned; compiled, recomputed and both."""
+    inputs = make_inputs(C=6, dtype=torch.float32)
+    resets = make_resets(2, 9, 4)
+
+    def function(x, weight, bias, tail):
+        part = slice(3)
+        inputs = {"x": x[..., part], "weight": weight[part], "bias": bias[part]}
+        y, after = causal_conv1d(
+            **inputs, resets=resets, tail=tail[..., part], activation="silu", backend="eager"
+        )
+        return {"y": y.mT, "tail after": after.mT}
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    expected = outputs_and_gradients(function, inputs)
+    for form in (
+        compiled,
+        lambda **inputs: checkpoint(function, **inputs, use_reentrant=False),
+        lambda **inputs: checkpoint(compiled, **inputs, use_reentrant=False),
+    ):
+        assert_close(outputs_and_gradients(form, inputs), expected, BOUNDS[torch.float32])
 
 
 def test_keeping_the_tail_does_not_keep_the_sequence():

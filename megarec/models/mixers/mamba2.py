@@ -113,7 +113,7 @@ class Mamba2Config(MixerConfig):
         conv, inner, heads = sum(self.stream_widths().values()), self.inner(), self.num_heads
         around = Activations(
             kept=Numbers(narrow=d_model + inner, wide=inner + 5 * heads, copies=inner)
-            + causal_conv(conv, self.conv_kernel)
+            + causal_conv(conv)
             + gated_group_norm(inner, self.num_groups),
             saved=Numbers(narrow=conv + inner + heads + d_model),
         )

@@ -89,7 +89,7 @@ class NewtonMixerConfig(MixerConfig):
         jacobian = slots if self.cell.structure == "diagonal" else slots * slots
         return Activations(
             kept=Numbers(narrow=3 * d_model, wide=(inputs + slots) * d_model)
-            + causal_conv(d_model, self.conv_kernel)
+            + causal_conv(d_model)
             + gated_group_norm(d_model, self.num_heads),
             saved=Numbers(narrow=(3 + inputs) * d_model),
             work=Numbers(wide=(4 * jacobian + 4 * slots + 6) * d_model),

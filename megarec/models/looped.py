@@ -302,7 +302,10 @@ class StepEmbedding(nn.Embedding):
     def forward(self, i: int | Tensor) -> Tensor:
         """Return the vector (D,) of recurrence i, or those (..., D) of each."""
         last = self.num_embeddings - 1
-        return self.weight[min(i, last) if isinstance(i, int) else i.clamp(max=last)]
+        if isinstance(i, int):
+            # A copy: no hook of torch takes a view of a parameter that was made without gradients.
+            return self.weight[min(i, last)].clone()
+        return self.weight[i.clamp(max=last)]
 
 
 def sinusoid(number: Tensor, d_model: int) -> Tensor:

@@ -14,21 +14,21 @@ from megarec.testing.distributed import run_ranks
 TP: Parallel = {"tp": 2}
 MESHES: dict[int, dict[str, tuple[Parallel, tuple[str, ...]]]] = {
     2: {
-        "tp": (TP, ("mlstm", "tied", "looped", "hybrid", "para_gru")),
+        "tp": (TP, ("mlstm", "looped", "hybrid", "para_gru")),
         "tp, full": (TP | {"activation_checkpointing": "full"}, ("mlstm",)),
         "tp, selective": (TP | {"activation_checkpointing": "selective"}, ("hybrid",)),
         "tp, recurrence": (TP | {"activation_checkpointing": "recurrence"}, ("looped",)),
     },
     4: {
-        "hsdp": ({"dp_replicate": 2}, ("mlstm", "looped")),
+        "hsdp": ({"dp_replicate": 2}, ("looped",)),
         "tp 4": ({"tp": 4}, ("para_gru",)),
         "fsdp x tp": (TP, ("tied", "looped", "hybrid", "para_gru")),
-        "replicated x tp": (TP | {"dp_replicate": 2}, ("mlstm", "looped")),
+        "replicated x tp": (TP | {"dp_replicate": 2}, ("mlstm",)),
         "pp x tp": (TP | {"pp": 2}, ("tied", "looped", "hybrid", "para_gru")),
         "pp x tp, zero-bubble": (TP | {"pp": 2, "pp_schedule": "zero_bubble"}, ("mlstm",)),
     },
     8: {
-        "pp x fsdp x tp": (TP | {"pp": 2}, ("mlstm", "looped", "hybrid", "para_gru")),
+        "pp x fsdp x tp": (TP | {"pp": 2}, ("mlstm", "looped")),
         "hsdp x tp": (TP | {"dp_replicate": 2}, ("hybrid",)),
         "pp 4 x tp": (TP | {"pp": 4}, ("mlstm",)),
     },
@@ -39,7 +39,7 @@ CALM = {
         "fsdp x tp": (TP, ("calm mlstm", "looped")),
         "pp x tp": (TP | {"pp": 2}, ("calm mlstm", "hybrid", "para_gru")),
     },
-    8: {"pp x fsdp x tp": (TP | {"pp": 2}, ("calm mlstm", "looped", "hybrid", "para_gru"))},
+    8: {"pp x fsdp x tp": (TP | {"pp": 2}, ("hybrid",))},
 }
 
 

@@ -21,6 +21,6 @@ def grouped_norm_reference(
     u = u.unflatten(-1, (-1, group_dim))
     if center:
         u = u - u.mean(-1, keepdim=True)
-    y = u / torch.sqrt(u.square().mean(-1, keepdim=True) + eps)
+    y = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)
     y = y.flatten(-2).to(narrow)
     return y if weight is None else y * weight

@@ -62,17 +62,13 @@ class Run:
         precision: str = "float32",
     ) -> None:
         torch.set_default_dtype(torch.float64 if precision == "float64" else torch.float32)
-        # A pipeline needs some micro-batches; without one fewer are faster.
-        self.size = 2 if "pp" in parallel else 4
-        train = {
-            "steps": 12,
-            "seq_len": TOKENS,
-            "global_batch_size": ROWS,
-            "micro_batch_size": self.size,
-        }
+        train = {"steps": 12, "seq_len": TOKENS, "global_batch_size": ROWS, "micro_batch_size": 2}
         compute = {"compute": "bfloat16" if precision == "bfloat16" else "float32"}
         config = run_config(model=MODELS[model], parallel=parallel, train=train, precision=compute)
         self.at = place(config.parallel, rank, world_size)
+        self.share = ROWS // self.at.data_ranks
+        # A pipeline needs some micro-batches; without one fewer are faster.
+        self.size = 2 if "pp" in parallel else min(4, self.share)
         mesh = build_mesh(config.parallel, world_size, "cpu")
         self.sharded = build_sharded_model(config, mesh, CPU)
         self.executor: Executor = (
@@ -88,9 +84,8 @@ class Run:
 
     def gradients(self, step: int) -> float:
         """Accumulate the gradients of a step; returns this rank's part of the summed loss."""
-        share = ROWS // self.at.data_ranks
-        first = share * self.at.data_rank
-        starts = range(first, first + share, self.size)
+        first = self.share * self.at.data_rank
+        starts = range(first, first + self.share, self.size)
         batches = [rows(step, list(range(i, i + self.size))) for i in starts]
         scale = self.at.data_ranks / (ROWS * TOKENS)
         sums = self.executor.forward_backward(batches, scale)
@@ -109,7 +104,7 @@ class Run:
     def held_out_loss(self) -> float:
         """This rank's part of the summed loss of rows that are each data rank's own."""
         self.sharded.model.eval()
-        first = ROWS // self.at.data_ranks * self.at.data_rank
+        first = self.share * self.at.data_rank
         batch = rows(STEPS, [first, first + 1])
         loss = self.executor.loss_sum(batch.input_ids, batch.labels, batch.ctx)
         return loss.item() * self.at.counts_loss

@@ -37,12 +37,12 @@ def alone() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, Any]]:
-    return run_ranks(train, 2, pipelines(list(CASES)))
+    return run_ranks(train, 2, pipelines(list(CASES)), timeout=200)
 
 
 @pytest.fixture(scope="module")
 def four() -> list[dict[str, Any]]:
-    return run_ranks(train, 4, pipelines(FOUR))
+    return run_ranks(train, 4, pipelines(FOUR), timeout=200)
 
 
 @pytest.mark.parametrize("name", CASES)

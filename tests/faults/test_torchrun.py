@@ -101,6 +101,18 @@ def test_killed_anywhere_it_resumes_bitwise(
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("point", ["ckpt_shard_written", "ckpt_before_rename"])
+def test_killed_in_a_background_save_it_resumes_bitwise(
+    tmp_path: Path, golden: Path, point: str
+) -> None:
+    checkpoint = {"every": 4, "asynchronous": True}
+    torchrun(tmp_path, f"{point}:8:0:kill9", checkpoint=checkpoint)
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000004"
+    assert torchrun(tmp_path, checkpoint=checkpoint).returncode == 0
+    assert losses(tmp_path, "run") == losses(golden, "run")
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"pp": 2}], ids=str)
 def test_a_rank_that_raises_ends_all(tmp_path: Path, parallel: dict[str, int]) -> None:
     # The step timeout is long: it must not be what ends the others.

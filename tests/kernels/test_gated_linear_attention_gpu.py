@@ -17,9 +17,9 @@ from megarec_kernels.gated_linear_attention.gpu import (
     _forward,
     gated_linear_attention_gpu,
 )
+from op_cases import DEVICE, poisoned_memory
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 MODES = list(itertools.product(("exp", "plain"), (True, False)))
 FEW_MODES = [MODES[0], MODES[3]]
@@ -36,10 +36,8 @@ KINDS = [
 
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned_memory():
+        yield
 
 
 def rounded(inputs, dtype):

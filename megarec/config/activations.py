@@ -65,16 +65,16 @@ class Activations:
 
 
 def rms_norm(width: int) -> Numbers:
-    """Return what RMSNorm keeps: its input, the statistic, and what the weights multiply."""
-    return Numbers(narrow=width, wide=width + 1)
+    """Return what RMSNorm keeps: its input and the statistic."""
+    return Numbers(narrow=width, wide=1)
 
 
 def gated_group_norm(width: int, num_groups: int) -> Numbers:
-    """Return what GatedGroupRMSNorm keeps beside x: gate, silu(gate), their product, as rms_norm.
+    """Return what GatedGroupRMSNorm keeps beside x: the gate and the statistics.
 
     x is float32, and counted by who makes it.
     """
-    return Numbers(narrow=width, wide=3 * width + num_groups)
+    return Numbers(narrow=width, wide=num_groups)
 
 
 def causal_conv(width: int) -> Numbers:

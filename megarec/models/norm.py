@@ -42,7 +42,7 @@ class Scale(nn.Module):
 
 
 class HeadLayerNorm(nn.Module):
-    """LayerNorm over each head's channels, one weight a channel, no bias.
+    """LayerNorm over each head's channels, one weight a channel, no bias, times sigmoid(gate).
 
     The cell norm of xLSTM 7B (arXiv 2503.13427, section 3): mean-centred, biased variance.
     """
@@ -52,10 +52,12 @@ class HeadLayerNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(num_heads * head_dim))
 
-    def forward(self, x_BTHV: Tensor) -> Tensor:
-        """Normalise x (..., H, V) over V; returns (..., H * V), in x's dtype."""
+    def forward(self, x_BTHV: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Normalise x (..., H, V) over V and gate it; gate and result are (..., H * V)."""
         x, head_dim = x_BTHV.flatten(-2), x_BTHV.shape[-1]
-        return grouped_norm(x, self.weight, eps=self.eps, group_dim=head_dim, center=True)
+        return grouped_norm(
+            x, self.weight, eps=self.eps, group_dim=head_dim, output_gate=gate, center=True
+        )
 
     def init_weights(self, init: Initializer) -> None:
         """Start with scale 1."""

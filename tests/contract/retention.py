@@ -58,10 +58,10 @@ class RetentionConfig(MixerConfig):
         return 4 * (d_model // self.num_heads) * self.v_dim_factor * d_model
 
     def activations(self, d_model: int, seq_len: int) -> Activations:
-        """Count x, the cell, its norm (of float32 y), the gate and what it multiplies."""
+        """Count x, the cell, the statistics of its norm, the gate and what it multiplies."""
         v, heads = self.v_dim_factor * d_model, self.num_heads
         around = Activations(
-            kept=Numbers(narrow=d_model + 5 * v, wide=2 * heads, copies=v),
+            kept=Numbers(narrow=d_model + 4 * v, wide=4 * heads),
             saved=Numbers(narrow=2 * d_model + 2 * v + d_model),
         )
         return around + linear_attention(

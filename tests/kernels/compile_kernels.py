@@ -59,11 +59,11 @@ def conv(B: int, T: int, C: int, K: int, dtype: torch.dtype, whole: bool) -> Ten
 
 
 def norm(N: int, D: int, group_dim: int, dtype: torch.dtype, whole: bool) -> Tensor:
-    x, weight, gate = torch.randn(N, D, dtype=dtype), None, None
+    x, weight, gates = torch.randn(N, D, dtype=dtype), None, (None, None)
     if whole:
-        weight, gate = torch.randn(D, dtype=dtype), torch.randn(N, D, dtype=dtype)
+        weight, gates = torch.randn(D, dtype=dtype), torch.randn(2, N, D, dtype=dtype)
     x.requires_grad_()
-    return torch.ops.megarec.grouped_norm(x, weight, gate, group_dim, not whole, 1e-6)
+    return torch.ops.megarec.grouped_norm(x, weight, *gates, group_dim, not whole, 1e-6)
 
 
 def swiglu(size: int, dtype: torch.dtype) -> Tensor:

@@ -23,16 +23,20 @@ KINDS = {
     "centred": {"center": True, "num_groups": 3},
     "gated": {"gate": True, "num_groups": 2},
     "gated, centred, no weight": {"gate": True, "center": True, "weight": False},
+    "output gate, centred": {"output_gate": True, "center": True, "num_groups": 3},
+    "both gates": {"gate": True, "output_gate": True},
+    "output gate, no weight": {"output_gate": True, "weight": False},
     "no weight": {"weight": False, "num_groups": 3},
 }
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
 
-def make_case(*shape, gate=False, weight=True, center=False, num_groups=1):
+def make_case(*shape, gate=False, output_gate=False, weight=True, center=False, num_groups=1):
     """Return the tensors, and the options."""
     shapes = {"x": shape}
     shapes |= {"weight": shape[-1:]} if weight else {}
     shapes |= {"gate": shape} if gate else {}
+    shapes |= {"output_gate": shape} if output_gate else {}
     options = {"center": center, "group_dim": shape[-1] // num_groups, "eps": 1e-5}
     return random_inputs(shapes), options
 
@@ -86,13 +90,12 @@ def test_programs_with_several_tiles(monkeypatch, kind):
     num_groups=st.integers(1, 3),
     group_dim=st.integers(2, 20),
     gate=st.booleans(),
+    output_gate=st.booleans(),
     center=st.booleans(),
     weight=st.booleans(),
 )
-def test_any_shape(rows, num_groups, group_dim, gate, center, weight):
-    inputs, options = make_case(
-        rows, num_groups * group_dim, gate=gate, center=center, weight=weight, num_groups=num_groups
-    )
+def test_any_shape(rows, num_groups, group_dim, **kind):
+    inputs, options = make_case(rows, num_groups * group_dim, num_groups=num_groups, **kind)
     compare_gpu(run, inputs, {torch.float64: 1e-11}, **options)
 
 
@@ -107,6 +110,20 @@ def test_extreme_values(backend):
     exact = 1e-4 / (1e-8 / 2 + 1e-6) ** 0.5
     assert abs(y[1, 0].item() - exact) < 2e-3 * exact
     assert dx.isfinite().all() and dx[2].tolist() == [1000, 0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "gpu"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_extreme_gates(backend):
+    """Gates far from 0 are shut or open, and nothing is infinite."""
+    x = torch.ones(4, 2, device=DEVICE, requires_grad=True)
+    gate = torch.full_like(x, 1e4, requires_grad=True)
+    output_gate = torch.tensor([[-1e30], [-1e4], [1e4], [1e30]], device=DEVICE).repeat(1, 2)
+    leaves = x, gate, output_gate.requires_grad_()
+    y = grouped_norm(x, eps=1e-5, gate=gate, output_gate=output_gate, backend=backend)
+    gradients = torch.autograd.grad(y.sum(), leaves)
+    torch.testing.assert_close(y[:, 0].tolist(), [0.0, 0.0, 1.0, 1.0])
+    assert all(g.isfinite().all() for g in gradients) and not gradients[2].any()
 
 
 def test_float32_weights_and_x_of_narrow_gates():
@@ -128,27 +145,34 @@ def test_float32_weights_and_x_of_narrow_gates():
 
 @kinds
 def test_eager_is_torchs_bitwise(kind):
-    """Also with its gradients: training on CPU repeats bit by bit."""
     inputs, options = make_case(3, 4, 24, **kind)
-    x, weight, gate = (inputs.get(k) for k in ("x", "weight", "gate"))
     for dtype in (torch.float32, torch.bfloat16):
-        leaves = [
-            None if leaf is None else leaf.to(dtype).requires_grad_() for leaf in (x, weight, gate)
-        ]
-        wide = leaves[0].float()
-        if gate is not None:
-            wide = wide * F.silu(leaves[2].float())
+        rounded = {name: x.to(dtype) for name, x in inputs.items()}
+        wide = {name: x.float() for name, x in rounded.items()}
+        u = wide["x"]
+        if "gate" in wide:
+            u = u * F.silu(wide["gate"])
         norm = F.layer_norm if options["center"] else F.rms_norm
-        groups = wide.unflatten(-1, (-1, options["group_dim"]))
+        groups = u.unflatten(-1, (-1, options["group_dim"]))
         expected = norm(groups, groups.shape[-1:], eps=1e-5).flatten(-2).to(dtype)
-        if weight is not None:
-            expected = expected * leaves[1]
-        y = grouped_norm(leaves[0], leaves[1], gate=leaves[2], **options)
-        needed = [leaf for leaf in leaves if leaf is not None]
-        results = [
-            [z, *torch.autograd.grad(z.float().square().sum(), needed)] for z in (y, expected)
-        ]
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        if "weight" in rounded:
+            expected = expected * rounded["weight"]
+        if "output_gate" in wide:
+            expected = (expected * wide["output_gate"].sigmoid()).to(dtype)
+        assert torch.equal(grouped_norm(**rounded, **options), expected)
+
+
+@kinds
+def test_little_is_kept(kind):
+    """The inputs as they are, and one or two statistics a group, for both fast forms."""
+    inputs, options = make_case(5, 24, **kind)
+    leaves = {name: x.to(DEVICE).requires_grad_() for name, x in inputs.items()}
+    for backend, statistics in (("eager", 1 + options["center"]), ("gpu", 0)):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+            grouped_norm(**leaves, **options, backend=backend)
+        new = [x for x in kept if x.data_ptr() not in {y.data_ptr() for y in leaves.values()}]
+        assert sum(x.numel() for x in new) == statistics * 5 * 24 // options["group_dim"]
 
 
 def test_other_strides_and_no_graph_break():
@@ -187,11 +211,11 @@ def test_recomputed_activations_change_no_bit():
 
 
 def test_the_ops_are_what_torch_expects():
-    for kind in ({}, {"gate": True}):
-        inputs, options = make_case(2, 4, **kind)
+    for kind in ({}, {"gate": True, "output_gate": True}):
+        inputs, _ = make_case(2, 4, **kind)
         leaves = on_device(inputs)
-        x, weight, gate = (leaves.get(k) for k in ("x", "weight", "gate"))
-        arguments = (x.requires_grad_(), weight.requires_grad_(), gate, 4, False, 1e-5)
+        x, weight, *gates = (leaves.get(k) for k in ("x", "weight", "gate", "output_gate"))
+        arguments = (x.requires_grad_(), weight.requires_grad_(), *gates, 4, False, 1e-5)
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(torch.ops.megarec.grouped_norm, arguments, test_utils=tests)
         arguments = (x.detach(), weight.detach(), *arguments[2:], x.detach())
@@ -211,6 +235,10 @@ BAD = {
     "eps": ({"eps": 0.0}, r"eps: got 0.0, expected a number > 0"),
     "group_dim": ({"group_dim": 4}, r"group_dim: got 4, expected a divisor of 6"),
     "gate": ({"gate": torch.zeros(6)}, r"gate: got .* \(6,\), expected a float dtype, \(2, 6\)"),
+    "output gate": (
+        {"output_gate": X.long()},
+        r"output_gate: got torch.int64 \(2, 6\), expected a float dtype, \(2, 6\)",
+    ),
     "backend": ({"backend": "cuda"}, r"backend: got 'cuda', expected one of 'auto'"),
     "gpu": ({"backend": "gpu"}, r"backend='gpu': needs tensors on a GPU, got cpu"),
     "wide": (

@@ -1,4 +1,4 @@
-"""Norms over groups of channels: RMSNorm, its gated form, and LayerNorm without a bias."""
+"""Norms over groups of channels: RMSNorm and LayerNorm without a bias, each with gates."""
 
 from torch import Tensor
 
@@ -23,14 +23,16 @@ def grouped_norm(
     eps: float,
     group_dim: int | None = None,
     gate: Tensor | None = None,
+    output_gate: Tensor | None = None,
     center: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Return u / sqrt(mean(u^2) + eps) * weight, each group of channels by itself.
+    """Return u / sqrt(mean(u^2) + eps) * weight * sigmoid(output_gate), groups by themselves.
 
     u is x (RMSNorm, arXiv 1910.07467, eq. 4), or x * silu(gate) (Mamba-2, arXiv 2405.21060,
-    section 7), minus its mean over the group if centred (LayerNorm, arXiv 1607.06450). All but the
-    weight is computed in float32 at least.
+    section 7), minus its mean over the group if centred (LayerNorm, arXiv 1607.06450). The output
+    gate is that of the mLSTM (arXiv 2503.13427, section 3). All but the weight is computed in
+    float32 at least.
 
     Args:
         x: (..., D), any float dtype.
@@ -39,6 +41,7 @@ def grouped_norm(
         group_dim: Channels of a group; divides D. None means all.
         gate: Shape of x, any float dtype; the computation and the result are in its dtype, not
             x's.
+        output_gate: Shape of x, any float dtype; None means no gate.
         center: Subtract the mean.
         backend: "auto", "reference", "eager" or "gpu" (Triton, for groups of up to 16384
             channels); MEGAREC_KERNELS overrides it.
@@ -49,16 +52,20 @@ def grouped_norm(
     Raises:
         ValueError: An argument does not fit; the message names it.
     """
-    _check(x, weight, eps, group_dim, gate)
+    _check(x, weight, eps, group_dim, {"gate": gate, "output_gate": output_gate})
     group_dim = x.shape[-1] if group_dim is None else group_dim
     problem = gpu_problem(x, group_dim)
     fastest = "gpu" if x.is_cuda and problem is None else "eager"
     form = FORMS[choose_backend("grouped_norm", backend, FORMS, fastest, problem)]
-    return form(x, weight, gate, group_dim, center, eps)
+    return form(x, weight, gate, output_gate, group_dim, center, eps)
 
 
 def _check(
-    x: Tensor, weight: Tensor | None, eps: float, group_dim: int | None, gate: Tensor | None
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    group_dim: int | None,
+    gates: dict[str, Tensor | None],
 ) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         _fail("x", f"shape {tuple(x.shape)}", "(..., D) with at least one channel")
@@ -71,8 +78,9 @@ def _check(
         _fail("eps", str(eps), "a number > 0")
     if group_dim is not None and (group_dim < 1 or D % group_dim):
         _fail("group_dim", str(group_dim), f"a divisor of {D}")
-    if gate is not None and (gate.shape != x.shape or not gate.is_floating_point()):
-        _fail("gate", f"{gate.dtype} {tuple(gate.shape)}", f"a float dtype, {tuple(x.shape)}")
+    for name, gate in gates.items():
+        if gate is not None and (gate.shape != x.shape or not gate.is_floating_point()):
+            _fail(name, f"{gate.dtype} {tuple(gate.shape)}", f"a float dtype, {tuple(x.shape)}")
 
 
 def _fail(argument: str, got: str, expected: str) -> None:

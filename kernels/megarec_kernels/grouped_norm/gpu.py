@@ -33,12 +33,13 @@ def grouped_norm_gpu(
     x: Tensor,
     weight: Tensor | None,
     gate: Tensor | None,
+    output_gate: Tensor | None,
     group_dim: int,
     center: bool,
     eps: float,
 ) -> Tensor:
     """Return the norm; arguments as in grouped_norm."""
-    return _normalize(x, weight, gate, group_dim, center, eps)
+    return _normalize(x, weight, gate, output_gate, group_dim, center, eps)
 
 
 @torch.library.custom_op("megarec::grouped_norm", mutates_args=())
@@ -46,14 +47,15 @@ def _normalize(
     x: Tensor,
     weight: Tensor | None,
     gate: Tensor | None,
+    output_gate: Tensor | None,
     group_dim: int,
     center: bool,
     eps: float,
 ) -> Tensor:
     y = _empty_result(x, weight, gate)
     num_groups = x.shape[-1] // group_dim
-    grid = _num_tiles(x, group_dim), num_groups
-    _launch("forward_kernel", grid, (group_dim, center, eps), x, weight, gate, y)
+    grid, options = (_num_tiles(x, group_dim), num_groups), (group_dim, center, eps)
+    _launch("forward_kernel", grid, options, (x, weight, gate, output_gate), y)
     return y
 
 
@@ -62,41 +64,41 @@ def _gradients(
     x: Tensor,
     weight: Tensor | None,
     gate: Tensor | None,
+    output_gate: Tensor | None,
     group_dim: int,
     center: bool,
     eps: float,
     dy: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and gate; empty for what is not there."""
-    dx, dweight, dgate = _empty_gradients(x, weight, gate)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight and the gates; empty for what is not there."""
+    inputs = (x, weight, gate, output_gate)
+    dx, dweight, dgate, doutput_gate = _empty_gradients(*inputs)
     num_groups = x.shape[-1] // group_dim
     num_programs = min(_num_tiles(x, group_dim), -(-PROGRAMS // num_groups))
     dtype = torch.promote_types(dy.dtype, torch.float32)
     sums_PD = x.new_empty(num_programs, x.shape[-1] if weight is not None else 0, dtype=dtype)
     grid, options = (num_programs, num_groups), (group_dim, center, eps)
-    _launch("backward_kernel", grid, options, x, weight, gate, dy, dx, dgate, sums_PD)
+    _launch("backward_kernel", grid, options, inputs, dy, dx, dgate, doutput_gate, sums_PD)
     if weight is not None:
         dweight = sums_PD.sum(0).to(weight.dtype)
-    return dx, dweight, dgate
+    return dx, dweight, dgate, doutput_gate
 
 
 def _launch(
     name: str,
     grid: tuple[int, int],
     options: tuple[int, bool, float],
-    x: Tensor,
-    weight: Tensor | None,
-    gate: Tensor | None,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
     *others: Tensor,
 ) -> None:
     from megarec_kernels.grouped_norm import gpu_kernels
     from megarec_kernels.triton_tools import triton_dtype
 
     group_dim, center, eps = options
-    tensors = (x, weight, gate, *others)
+    x, _, gate, _ = inputs
     with torch.accelerator.device_index(x.device.index):
         getattr(gpu_kernels, name)[grid](
-            *(None if tensor is None else tensor.contiguous() for tensor in tensors),
+            *(None if tensor is None else tensor.contiguous() for tensor in (*inputs, *others)),
             x.numel() // x.shape[-1],
             x.shape[-1] // group_dim,
             GROUP=group_dim,
@@ -132,15 +134,11 @@ def _empty_result(x: Tensor, weight: Tensor | None, gate: Tensor | None) -> Tens
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _empty_gradients(
-    x: Tensor, weight: Tensor | None, gate: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = x.new_empty(0)
-    return (
-        x.new_empty(x.shape),
-        nothing if weight is None else weight.new_empty(weight.shape),
-        nothing.clone() if gate is None else gate.new_empty(gate.shape),
-    )
+def _empty_gradients(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    gradients = [
+        x.new_empty(0) if other is None else other.new_empty(other.shape) for other in others
+    ]
+    return x.new_empty(x.shape), *gradients
 
 
 @_normalize.register_fake
@@ -149,10 +147,8 @@ def _(x: Tensor, weight: Tensor | None, gate: Tensor | None, *_: Any) -> Tensor:
 
 
 @_gradients.register_fake
-def _(
-    x: Tensor, weight: Tensor | None, gate: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(x, weight, gate)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return _empty_gradients(*arguments[:4])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -161,16 +157,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, weight, gate = ctx.saved_tensors
-    dx, dweight, dgate = _gradients(x, weight, gate, ctx.group_dim, ctx.center, ctx.eps, dy)
-    return (
-        dx,
-        None if weight is None else dweight,
-        None if gate is None else dgate,
-        None,
-        None,
-        None,
-    )
+    inputs = ctx.saved_tensors
+    gradients = _gradients(*inputs, ctx.group_dim, ctx.center, ctx.eps, dy)
+    present = [None if x is None else dx for x, dx in zip(inputs, gradients, strict=True)]
+    return *present, None, None, None
 
 
 _normalize.register_autograd(_differentiate, setup_context=_save)

@@ -11,6 +11,7 @@ def forward_kernel(
     x_ptr,
     weight_ptr,
     gate_ptr,
+    output_gate_ptr,
     y_ptr,
     N,
     G,
@@ -36,6 +37,9 @@ def forward_kernel(
     if weight_ptr is not None:
         weight_ptrs = weight_ptr + tl.program_id(1) * GROUP + d
         y *= tl.load(weight_ptrs, mask=d < GROUP, other=0).to(WIDE)
+    if output_gate_ptr is not None:
+        output_gate = tl.load(output_gate_ptr + place, mask=inside, other=0).to(WIDE)
+        y /= 1 + tl.exp(-output_gate)
     tl.store(y_ptr + place, narrow(y, y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -44,9 +48,11 @@ def backward_kernel(
     x_ptr,
     weight_ptr,
     gate_ptr,
+    output_gate_ptr,
     dy_ptr,
     dx_ptr,
     dgate_ptr,
+    doutput_gate_ptr,
     sums_ptr,
     N,
     G,
@@ -57,7 +63,7 @@ def backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write gradients of x and the gate for every num_programs-th tile, and one sum of weight's."""
+    """Write gradients of x and gates for every num_programs-th tile, and one sum of weight's."""
     d = tl.arange(0, BLOCK_D)[None, :]
     if weight_ptr is not None:
         weight_ptrs = weight_ptr + tl.program_id(1) * GROUP + d
@@ -78,6 +84,15 @@ def backward_kernel(
             u = tl.where(inside, u - tl.sum(u, 1)[:, None] / GROUP, 0)
         scale = 1 / tl.sqrt(tl.sum(u * u, 1)[:, None] / GROUP + EPS)
         normed = u * scale
+        if output_gate_ptr is not None:
+            output_gate = tl.load(output_gate_ptr + place, mask=inside, other=0).to(WIDE)
+            opened = 1 / (1 + tl.exp(-output_gate))
+            change = dy * normed * opened * (1 - opened)
+            if weight_ptr is not None:
+                change *= weight
+            change = narrow(change, doutput_gate_ptr.dtype.element_ty)
+            tl.store(doutput_gate_ptr + place, change, mask=inside)
+            dy *= opened
         if weight_ptr is not None:
             dweight += dy * normed
             dy *= weight

@@ -8,6 +8,7 @@ def grouped_norm_reference(
     x: Tensor,
     weight: Tensor | None,
     gate: Tensor | None,
+    output_gate: Tensor | None,
     group_dim: int,
     center: bool,
     eps: float,
@@ -23,4 +24,6 @@ def grouped_norm_reference(
         u = u - u.mean(-1, keepdim=True)
     y = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)
     y = y.flatten(-2).to(narrow)
-    return y if weight is None else y * weight
+    if weight is not None:
+        y = y * weight
+    return y if output_gate is None else (y * torch.sigmoid(output_gate.to(wide))).to(y.dtype)

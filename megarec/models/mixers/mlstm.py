@@ -88,7 +88,7 @@ class MLSTMConfig(MixerConfig):
         """Count x twice (the gates read it in float32), the cell, its norm and the output gate."""
         qk, v, heads = self.qk_dim(d_model), self.v_dim(d_model), self.num_heads
         around = Activations(
-            kept=Numbers(narrow=d_model + 4 * v, wide=5 * heads, copies=d_model + v),
+            kept=Numbers(narrow=d_model + 2 * v, wide=7 * heads, copies=d_model),
             saved=Numbers(narrow=2 * qk + 2 * v + d_model, wide=2 * heads),
         )
         return around + linear_attention(
@@ -153,7 +153,7 @@ class MLSTM(Mixer):
 
     def output(self, h: Tensor, x: Tensor) -> Tensor:
         """Norm, output gate and projection: h (..., H, V), x (..., D) -> (..., D)."""
-        return self.out_proj(torch.sigmoid(self.ogate(x)) * self.norm(h))
+        return self.out_proj(self.norm(h, self.ogate(x)))
 
     def forward(
         self, x_BTD: Tensor, ctx: Context, state: State | None = None

@@ -1,6 +1,6 @@
 """Measure megarec: ops and models on a CPU, kernels on a GPU, a recipe's training speed.
 
-    python tools/benchmark.py --suite cpu                       # one thread, under 3 minutes
+    python tools/benchmark.py --suite cpu                       # one thread, some 6 minutes
     python tools/benchmark.py --suite gpu --out gpu.json        # under 8 minutes
     python tools/benchmark.py --suite train --config xlstm_7b.yaml model.num_layers=4
 

@@ -1,13 +1,13 @@
 """A slice of xLSTM 7B with its embedding and head: a training step, and what it is made of."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from megarec_kernels.check import Tensors
 from megarec_kernels.gated_linear_attention import gated_linear_attention
 from torch.nn import functional as F
 
+from benchmarks.gpu_forms import Sizes
 from benchmarks.protocol import Clock, Form, forward_backward
 from benchmarks.race import timed
 from benchmarks.report import Quantity
@@ -21,9 +21,6 @@ from megarec.parallel.apply import build_sharded_model
 from megarec.parallel.mesh import build_mesh
 from megarec.train.environment import Environment
 
-if TYPE_CHECKING:
-    from benchmarks.gpu import Sizes
-
 PART = "block"
 RECIPE = "xlstm_7b.yaml"
 ONE_PROCESS = (
@@ -32,7 +29,7 @@ ONE_PROCESS = (
 )
 
 
-def block_slice(sizes: "Sizes", clock: Clock) -> Iterator[Quantity]:
+def block_slice(sizes: Sizes, clock: Clock) -> Iterator[Quantity]:
     """Yield tokens/s, MFU, and the time of matmuls, cell, optimizer and all else.
 
     Parameters are sharded over the one process as in training: float32, gathered in bfloat16.
@@ -44,7 +41,7 @@ def block_slice(sizes: "Sizes", clock: Clock) -> Iterator[Quantity]:
         yield from _measure(config, sharded.model.train(), sizes, clock)
 
 
-def _measure(config: Config, model: Backbone, sizes: "Sizes", clock: Clock) -> Iterator[Quantity]:
+def _measure(config: Config, model: Backbone, sizes: Sizes, clock: Clock) -> Iterator[Quantity]:
     tokens, device = sizes.block_tokens, clock.device
     optimizer = build_optimizer(model, config.optimizer)
     ids = torch.randint(config.model.vocab_size, (1, tokens + 1), device=device)
@@ -89,13 +86,13 @@ def _measure(config: Config, model: Backbone, sizes: "Sizes", clock: Clock) -> I
         yield Quantity(PART, f"{what}: {name}", 1e3 * seconds, "ms")
 
 
-def linear_seconds(M: int, K: int, N: int, sizes: "Sizes", clock: Clock) -> float:
+def linear_seconds(M: int, K: int, N: int, sizes: Sizes, clock: Clock) -> float:
     """Return the seconds of a matmul (M, K) x (N, K)^T, as a linear layer has it."""
     a, b = (torch.randn(n, K, device=clock.device, dtype=sizes.dtype) for n in (M, N))
     return timed(lambda: F.linear(a, b), clock, sizes.rounds).median
 
 
-def _matmul_seconds(model: Backbone, sizes: "Sizes", clock: Clock) -> float:
+def _matmul_seconds(model: Backbone, sizes: Sizes, clock: Clock) -> float:
     """Return the seconds of all linear layers' three matmuls each, by themselves."""
     wide = {
         module
@@ -117,7 +114,7 @@ def _matmul_seconds(model: Backbone, sizes: "Sizes", clock: Clock) -> float:
     return sum(seconds[shape] for shape in shapes)
 
 
-def _cell_seconds(config: Config, sizes: "Sizes", clock: Clock) -> float:
+def _cell_seconds(config: Config, sizes: Sizes, clock: Clock) -> float:
     """Return the seconds of one layer's cell, forward and backward, by itself."""
     mixer, d_model = config.model.mixers[0], config.model.d_model
     H, shape = mixer.num_heads, (1, sizes.block_tokens, mixer.num_heads)

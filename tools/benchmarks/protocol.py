@@ -43,11 +43,13 @@ class Form:
         name: for the report.
         run: inputs by name -> outputs by name.
         heads_first: it takes and returns (B, H, T, ...) in place of (B, T, H, ...).
+        at_least: how many times as long as ours its training pass should take, at least.
     """
 
     name: str
     run: Callable[..., Tensors]
     heads_first: bool = False
+    at_least: float | None = None
 
     def exchanged(self, tensors: Tensors) -> Tensors:
         """Return tensors from the usual layout in the form's own, or back."""

@@ -29,7 +29,7 @@ def race(
     *,
     reference: Form,
     ours: Form,
-    others: Sequence[tuple[Form, float | None]],
+    others: Sequence[Form],
     inputs: Tensors,
     small: Tensors | None = None,
     bound: float,
@@ -37,6 +37,7 @@ def race(
     rounds: int = ROUNDS,
     passes: Mapping[str, Pass] = TRAINING,
     alone: bool = False,
+    at_most_ms: float | None = None,
 ) -> Iterator[Result]:
     """Yield a row for each other form and pass.
 
@@ -45,7 +46,7 @@ def race(
         case: what is computed.
         reference: gives outputs and gradients in float64, slowly.
         ours: our form.
-        others: forms of the same function, each with the smallest ratio aimed at, if any.
+        others: forms of the same function.
         inputs: of what is timed.
         small: of what is checked, where the reference cannot have all; None: the same.
         bound: the largest error relative to a tensor's largest entry.
@@ -53,6 +54,7 @@ def race(
         rounds: of A B B A.
         passes: what is timed, by name.
         alone: yield our form's time without the others, too, and on a GPU the memory of each.
+        at_most_ms: what is aimed at for our training pass alone.
     """
     checked = inputs if small is None else small
     expected = expected_of(reference, checked)
@@ -64,12 +66,14 @@ def race(
         try:
             for name, prepare in passes.items():
                 seconds = timed(prepare(ours, inputs), clock, rounds).median
-                yield Quantity(part, f"{ours.name}: {case}, {name}", 1e3 * seconds, "ms")
+                aim = at_most_ms if name in TRAINING else None
+                what = f"{ours.name}: {case}, {name}"
+                yield Quantity(part, what, 1e3 * seconds, "ms", at_most=aim)
             yield from _memory(part, case, ours, inputs, clock)
         except Exception as error:
             yield Row(part, case, ours.name, "", "failed", first_line(error), our_fault=True)
             return
-    for other, target in others:
+    for other in others:
         their = judge(other, checked, expected, bound)
         if their.state != "measured":
             yield Row(part, case, ours.name, other.name, their.state, their.reason)
@@ -77,8 +81,9 @@ def race(
         try:
             for name, prepare in passes.items():
                 found = compare(prepare(ours, inputs), prepare(other, inputs), clock, rounds)
+                aim = other.at_least if name in TRAINING else None
                 what = f"{case}, {name}"
-                yield Row(part, what, ours.name, other.name, comparison=found, at_least=target)
+                yield Row(part, what, ours.name, other.name, comparison=found, at_least=aim)
             if alone:
                 yield from _memory(part, case, other, inputs, clock)
         except Exception as error:

@@ -130,7 +130,7 @@ def compete(ours: Form, other: Form, clock: Any) -> list[Any]:
     inputs = {"x": torch.randn(5, generator=torch.Generator().manual_seed(0))}
     results: Iterator[Any] = race(
         "part", "case", reference=Form("reference", square), ours=ours,
-        others=[(other, 2.0)], inputs=inputs, bound=1e-4, clock=clock, rounds=1, alone=True,
+        others=[other], inputs=inputs, bound=1e-4, clock=clock, rounds=1, alone=True,
     )  # fmt: skip
     return list(results)
 

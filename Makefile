@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+JOBS   ?= 2
 # A GPU machine takes any torch in pyproject's range; a CPU machine the build that CI tests.
 TORCH  ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 
@@ -21,9 +22,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Tiny tensors, and commands side by side: more threads a process would only wait for each other.
+# Tiny tensors, and files and commands side by side: more threads would only wait for each other.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not faults"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not faults" -n $(JOBS) --dist loadfile
 
 test-faults: $(VENV)/.installed
 	$(BIN)/pytest tests/faults

@@ -142,7 +142,7 @@ def train(
 def train_alone(models: Iterable[str], precision: str = "float32") -> dict[str, Any]:
     """Model -> what one process finds."""
     cases = {model: (model, {}) for model in models}
-    return run_ranks(train, 1, cases, precision, timeout=200)[0]
+    return run_ranks(train, 1, cases, precision)[0]
 
 
 def errors(ours: list[dict[str, Any]], alone: dict[str, Any]) -> list[float]:

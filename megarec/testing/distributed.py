@@ -52,7 +52,7 @@ class RankFailed(RuntimeError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 500.0
 ) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` on each rank and return the results by rank.
 

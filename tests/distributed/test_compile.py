@@ -69,7 +69,7 @@ def cases(rank: int, world_size: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    return run_ranks(cases, 2, timeout=300)
+    return run_ranks(cases, 2)
 
 
 @pytest.mark.parametrize("name", CASES)

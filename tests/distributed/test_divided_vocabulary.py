@@ -126,7 +126,7 @@ def everything(rank: int, world_size: int) -> dict[str, Any]:
 
 @cache
 def ranks() -> list[dict[str, Any]]:
-    return run_ranks(everything, 2, timeout=200)
+    return run_ranks(everything, 2)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -77,10 +77,7 @@ def load(rank: int, world_size: int, folder: str) -> Held:
 def crossings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, list[Held]]]:
     """What was saved, then what was loaded, by the number of ranks."""
     folder = str(tmp_path_factory.mktemp("crossings"))
-    return [
-        {size: run_ranks(do, size, folder, timeout=200) for size in (1, 2, 4, 8)}
-        for do in (save, load)
-    ]
+    return [{size: run_ranks(do, size, folder) for size in (1, 2, 4, 8)} for do in (save, load)]
 
 
 @pytest.mark.parametrize("name", CROSSINGS)

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from parallel_runs import MODELS, Cases, Parallel, errors, train, train_alone
+from parallel_runs import Cases, Parallel, errors, train, train_alone
 
 from megarec.testing.distributed import run_ranks
 
@@ -57,13 +57,14 @@ def names(meshes: dict[int, Any]) -> list[tuple[int, str]]:
 
 @cache
 def alone(precision: str) -> dict[str, Any]:
-    return train_alone(MODELS, precision)
+    meshes = (MESHES if precision == "float64" else CALM).values()
+    return train_alone({model for m in meshes for model, _ in cases(m).values()}, precision)
 
 
 @cache
 def on_ranks(size: int, precision: str) -> list[dict[str, Any]]:
     meshes = MESHES if precision == "float64" else CALM
-    return run_ranks(train, size, cases(meshes[size]), precision, timeout=200)
+    return run_ranks(train, size, cases(meshes[size]), precision)
 
 
 @pytest.mark.parametrize(("size", "name"), names(MESHES))

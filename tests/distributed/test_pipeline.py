@@ -23,6 +23,8 @@ CASES: Cases = {
         {"pp_schedule": "zero_bubble", "activation_checkpointing": "full"},
     ),
 }
+# Open gates are harder; where sharding adds gradients in another order they must be calm.
+TWO = [name for name in CASES if not name.startswith("calm")]
 FOUR = [name for name in CASES if name.startswith("calm")] + OTHERS
 
 
@@ -32,20 +34,20 @@ def pipelines(names: list[str]) -> Cases:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    return train_alone(MODELS)
+    return train_alone({model for model, _ in CASES.values()})
 
 
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, Any]]:
-    return run_ranks(train, 2, pipelines(list(CASES)), timeout=200)
+    return run_ranks(train, 2, pipelines(TWO))
 
 
 @pytest.fixture(scope="module")
 def four() -> list[dict[str, Any]]:
-    return run_ranks(train, 4, pipelines(FOUR), timeout=200)
+    return run_ranks(train, 4, pipelines(FOUR))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", TWO)
 def test_two_stages_or_more_equal_one_process(name: str, two: Any, alone: Any) -> None:
     ours, expected = [rank[name] for rank in two], alone[CASES[name][0]]
     first, *later = errors(ours, expected)

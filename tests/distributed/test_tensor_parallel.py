@@ -121,7 +121,7 @@ def everything(rank: int, world_size: int) -> dict[str, Any]:
 
 @cache
 def ranks() -> list[dict[str, Any]]:
-    return run_ranks(everything, 2, timeout=200)
+    return run_ranks(everything, 2)
 
 
 # A block: before and after the mixer, and the FFN. The embedding scatters, the head gathers. Two

@@ -82,7 +82,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for name, world_size in zip(WORLDS, (1, 2), strict=True):
         folders[name] = tmp_path_factory.mktemp(name)
-        for codes in run_ranks(both_worlds, world_size, str(folders[name]), timeout=120):
+        for codes in run_ranks(both_worlds, world_size, str(folders[name])):
             assert codes.pop("stopped") == codes.pop("para stopped") == EXIT_PREEMPTED
             assert set(codes.values()) == {0}
     return folders
@@ -214,8 +214,8 @@ def one_process(rank: int, world_size: int, runs: str) -> list[int]:
 
 def test_a_pipeline_equals_one_process_and_is_resumed_without(tmp_path: Path) -> None:
     piped, whole = tmp_path / "piped", tmp_path / "whole"
-    assert run_ranks(pipeline, 2, str(piped), timeout=120) == [[0, 0]] * 2
-    assert run_ranks(one_process, 1, str(whole), timeout=120) == [[0]]
+    assert run_ranks(pipeline, 2, str(piped)) == [[0, 0]] * 2
+    assert run_ranks(one_process, 1, str(whole)) == [[0]]
     for name in ("run", "again"):
         assert losses(piped, name) == pytest.approx(losses(whole, "run"), rel=1e-5)
         assert held_out(piped, name)[-1] == pytest.approx(held_out(whole, "run")[-1], rel=1e-5)

@@ -63,8 +63,6 @@ def linear_cross_entropy(
     """
     _check(x, weight, labels, token_weights, soft_cap, chunk_size)
     problem = triton_problem(x)
-    if vocabulary is not None:
-        problem = "the kernel takes whole vocabularies, not a rank's part; use 'eager'"
     fastest = "gpu" if x.is_cuda and problem is None else "eager"
     return FORMS[choose_backend("linear_cross_entropy", backend, FORMS, fastest, problem)](
         x.flatten(0, -2),
@@ -75,7 +73,7 @@ def linear_cross_entropy(
         z_loss=z_loss,
         ignore_index=ignore_index,
         chunk_size=chunk_size,
-        **({} if vocabulary is None else {"vocabulary": vocabulary}),
+        vocabulary=vocabulary,
     )
 
 

@@ -50,8 +50,9 @@ def linear_cross_entropy(
             are 0.
         chunk_size: Tokens whose logits are held at once.
         vocabulary: Where ranks divide the vocabulary, this rank's part: ``weight`` has its rows,
-            labels are of all. Each rank returns the whole loss; the gradient of x is what its
-            rows add to it, and has yet to be added up over the ranks.
+            labels are of all, and one that no rank has is no error: its logit counts as 0. Each
+            rank returns the whole loss; the gradient of x is what its rows add to it, and has
+            yet to be added up over the ranks.
         backend: "auto", "reference" (holds all logits), "eager" or "gpu" (its softmax in Triton);
             MEGAREC_KERNELS overrides it.
 

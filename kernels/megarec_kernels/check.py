@@ -26,7 +26,7 @@ from megarec_kernels.causal_conv1d import causal_conv1d
 from megarec_kernels.dispatch import ENVIRONMENT_VARIABLE
 from megarec_kernels.gated_linear_attention import gated_linear_attention
 from megarec_kernels.grouped_norm import grouped_norm
-from megarec_kernels.linear_cross_entropy import linear_cross_entropy
+from megarec_kernels.linear_cross_entropy import VocabularyPart, linear_cross_entropy
 from megarec_kernels.linear_distillation import linear_distillation
 from megarec_kernels.newton_rnn import Cell, ParaGRUCell, ParaLSTMCell, Solver, newton_rnn
 from megarec_kernels.swiglu import swiglu
@@ -143,6 +143,25 @@ def _newton_case(variant: str, cell: Cell) -> Case:
     )
 
 
+def _cross_entropy(vocabulary: VocabularyPart | None, backend: str, **inputs: Any) -> Tensors:
+    options: dict[str, Any] = {"soft_cap": 5.0, "z_loss": 1e-2, "chunk_size": 64}
+    loss = linear_cross_entropy(**inputs, **options, vocabulary=vocabulary, backend=backend)
+    return {"loss": loss}
+
+
+def _cross_entropy_case(variant: str, vocabulary: VocabularyPart | None, vocab_size: int) -> Case:
+    return Case(
+        "linear_cross_entropy",
+        functools.partial(_cross_entropy, vocabulary),
+        lambda draw: {
+            "x": draw(B, T, 32),
+            "weight": 0.3 * draw(99, 32),
+            "labels": _labels(vocab_size),
+        },
+        variant=variant,
+    )
+
+
 def _distillation(backend: str, **inputs: Any) -> Tensors:
     teacher = {key: inputs.pop(key).detach() for key in ("teacher_x", "teacher_weight")}
     losses = linear_distillation(
@@ -245,15 +264,9 @@ CASES = (
     ),
     _newton_case("ParaGRU", ParaGRUCell()),
     _newton_case("ParaLSTM", ParaLSTMCell()),
-    Case(
-        "linear_cross_entropy",
-        lambda backend, **inputs: {
-            "loss": linear_cross_entropy(
-                **inputs, soft_cap=5.0, z_loss=1e-2, chunk_size=64, backend=backend
-            )
-        },
-        lambda draw: {"x": draw(B, T, 32), "weight": 0.3 * draw(99, 32), "labels": _labels(99)},
-    ),
+    _cross_entropy_case("", None, 99),
+    # One rank, which meets no other: some labels are not in its part.
+    _cross_entropy_case("vocabulary part", VocabularyPart(50, lambda x: x, lambda x: x), 200),
     Case(
         "linear_distillation",
         _distillation,

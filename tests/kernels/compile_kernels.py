@@ -75,6 +75,9 @@ def cross_entropy(C: int, V: int, dtype: torch.dtype, whole: bool) -> None:
     logits, labels = torch.randn(C, V, dtype=dtype), torch.zeros(C, dtype=torch.int64)
     weights, cap = (torch.ones(C), 30.0) if whole else (None, None)
     torch.ops.megarec.cross_entropy_rows(logits, labels, weights, -100, cap, 1e-4, whole)
+    lse, label_logits = torch.ops.megarec.cross_entropy_statistics(logits, labels, 7, cap)[1]
+    rows = labels, weights, lse, label_logits
+    torch.ops.megarec.cross_entropy_part(logits, *rows, 7, -100, cap, 1e-4, whole)
 
 
 def main() -> None:

@@ -14,7 +14,10 @@ KERNELS = {
     for op in ("causal_conv1d", "grouped_norm", "swiglu")
     for direction in ("forward", "backward")
 }
-KERNELS |= {"megarec_kernels.linear_cross_entropy.gpu_kernels row_kernel"}
+KERNELS |= {
+    f"megarec_kernels.linear_cross_entropy.gpu_kernels {name}_kernel"
+    for name in ("row", "statistics", "gradient")
+}
 KERNELS |= {
     f"megarec_kernels.gated_linear_attention.gpu_kernels {name}_kernel"
     for name in (

@@ -50,8 +50,9 @@ def linear_cross_entropy(
             are 0.
         chunk_size: Tokens whose logits are held at once.
         vocabulary: Where ranks divide the vocabulary, this rank's part: ``weight`` has its rows,
-            labels are of all. Each rank returns the whole loss; the gradient of x is what its
-            rows add to it, and has yet to be added up over the ranks.
+            labels are of all, and one that no rank has is no error: its logit counts as 0. Each
+            rank returns the whole loss; the gradient of x is what its rows add to it, and has
+            yet to be added up over the ranks.
         backend: "auto", "reference" (holds all logits), "eager" or "gpu" (its softmax in Triton);
             MEGAREC_KERNELS overrides it.
 
@@ -63,8 +64,6 @@ def linear_cross_entropy(
     """
     _check(x, weight, labels, token_weights, soft_cap, chunk_size)
     problem = triton_problem(x)
-    if vocabulary is not None:
-        problem = "the kernel takes whole vocabularies, not a rank's part; use 'eager'"
     fastest = "gpu" if x.is_cuda and problem is None else "eager"
     return FORMS[choose_backend("linear_cross_entropy", backend, FORMS, fastest, problem)](
         x.flatten(0, -2),
@@ -75,7 +74,7 @@ def linear_cross_entropy(
         z_loss=z_loss,
         ignore_index=ignore_index,
         chunk_size=chunk_size,
-        **({} if vocabulary is None else {"vocabulary": vocabulary}),
+        vocabulary=vocabulary,
     )
 
 

@@ -20,7 +20,7 @@ def linear_cross_entropy_eager(
     z_loss: float,
     ignore_index: int,
     chunk_size: int,
-    vocabulary: VocabularyPart | None = None,
+    vocabulary: VocabularyPart | None,
 ) -> Tensor:
     """Return the loss sum; arguments as in linear_cross_entropy."""
     with_grad = torch.is_grad_enabled()

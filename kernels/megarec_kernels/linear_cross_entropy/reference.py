@@ -16,7 +16,7 @@ def linear_cross_entropy_reference(
     z_loss: float,
     ignore_index: int,
     chunk_size: int,
-    vocabulary: VocabularyPart | None = None,
+    vocabulary: VocabularyPart | None,
 ) -> Tensor:
     """Return the loss sum; arguments as in linear_cross_entropy. ``chunk_size`` has no effect."""
     kept_N = labels_N != ignore_index

@@ -15,6 +15,7 @@ KERNELS = {
     for direction in ("forward", "backward")
 }
 KERNELS |= {"megarec_kernels.linear_cross_entropy.gpu_kernels row_kernel"}
+KERNELS |= {"megarec_kernels.rotary.gpu_kernels turn_kernel"}
 KERNELS |= {
     f"megarec_kernels.gated_linear_attention.gpu_kernels {name}_kernel"
     for name in (

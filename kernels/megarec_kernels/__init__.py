@@ -10,6 +10,7 @@ from megarec_kernels.gated_linear_attention import (
 from megarec_kernels.grouped_norm import grouped_norm
 from megarec_kernels.linear_cross_entropy import linear_cross_entropy
 from megarec_kernels.linear_distillation import linear_distillation
+from megarec_kernels.rotary import rotary
 from megarec_kernels.swiglu import swiglu
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "initial_state",
     "linear_cross_entropy",
     "linear_distillation",
+    "rotary",
     "swiglu",
 ]

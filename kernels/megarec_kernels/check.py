@@ -29,6 +29,7 @@ from megarec_kernels.grouped_norm import grouped_norm
 from megarec_kernels.linear_cross_entropy import VocabularyPart, linear_cross_entropy
 from megarec_kernels.linear_distillation import linear_distillation
 from megarec_kernels.newton_rnn import Cell, ParaGRUCell, ParaLSTMCell, Solver, newton_rnn
+from megarec_kernels.rotary import rotary
 from megarec_kernels.swiglu import swiglu
 
 Tensors = dict[str, Tensor]
@@ -116,6 +117,24 @@ def _mamba2_inputs(draw: Draw) -> Tensors:
 def _causal_conv1d(backend: str, **inputs: Tensor) -> Tensors:
     y, tail = causal_conv1d(**inputs, activation="silu", backend=backend)
     return {"y": y, "tail after": tail}
+
+
+def _rotary(backend: str, x: Tensor, position: Tensor, *, interleaved: bool) -> Tensors:
+    # Angles of float64 for every dtype: they are no part of the op.
+    angle = position.cpu().double()[..., None, None] * 10 ** -torch.arange(6, dtype=torch.float64)
+    rotation = torch.stack([angle.cos(), angle.sin()])
+    rotation = rotation.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+    return {"y": rotary(x, rotation, interleaved=interleaved, backend=backend)}
+
+
+def _rotary_case(variant: str, interleaved: bool) -> Case:
+    def inputs(draw: Draw) -> Tensors:
+        # The rows start at different positions; 4 dimensions of 16 stay.
+        return {"x": draw(B, T, 3, 16), "position": torch.arange(B * T).view(B, T)}
+
+    return Case(
+        "rotary", functools.partial(_rotary, interleaved=interleaved), inputs, variant=variant
+    )
 
 
 def _newton_rnn(cell: Cell, backend: str, u: Tensor, state: Tensor, **inputs: Tensor) -> Tensors:
@@ -230,6 +249,8 @@ CASES = (
         lambda backend, **inputs: {"y": swiglu(**inputs, backend=backend)},
         lambda draw: {"gate": draw(B, T, 48), "up": draw(B, T, 48)},
     ),
+    _rotary_case("halves", interleaved=False),
+    _rotary_case("neighbours", interleaved=True),
     Case(
         "attention",
         lambda backend, **inputs: {"y": attention(**inputs, window=60, backend=backend)},

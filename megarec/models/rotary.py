@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE, arXiv 2104.09864), partial and with the usual scalings."""
+"""Angles of rotary positions (RoPE, arXiv 2104.09864), partial and with the usual scalings."""
 
 import math
 from abc import abstractmethod
@@ -122,7 +122,7 @@ class RotaryConfig(StrictModel):
 def rotation(config: RotaryConfig, head_dim: int, position: Tensor, dtype: torch.dtype) -> Tensor:
     """Return cos and sin of the angles at integer positions (..., T): (2, ..., T, 1, size / 2).
 
-    They are computed in promote_types(dtype, float32).
+    They are computed in promote_types(dtype, float32), and are what the op `rotary` takes.
     """
     dtype = torch.promote_types(dtype, torch.float32)
     size = config.size(head_dim)
@@ -134,21 +134,3 @@ def rotation(config: RotaryConfig, head_dim: int, position: Tensor, dtype: torch
         magnitude = config.scaling.magnitude()
     angle = position[..., None].to(dtype) * frequency_R
     return magnitude * torch.stack([angle.cos(), angle.sin()])[..., None, :]
-
-
-def rotate(x_BTHK: Tensor, rotation: Tensor, interleaved: bool = False) -> Tensor:
-    """Turn the dimension pairs of a head, as RotaryConfig says; the rest stays.
-
-    Args:
-        x_BTHK: queries or keys, any float dtype.
-        rotation: what `rotation` returned for their positions.
-        interleaved: pairs are neighbours.
-    """
-    cos, sin = rotation
-    half = cos.shape[-1]
-    turning, rest = x_BTHK.split([2 * half, x_BTHK.shape[-1] - 2 * half], -1)
-    pairs = turning.unflatten(-1, (half, 2) if interleaved else (2, half))
-    first, second = pairs.unbind(-1 if interleaved else -2)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    together = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
-    return torch.cat([together.to(x_BTHK.dtype), rest], -1)

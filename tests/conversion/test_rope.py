@@ -8,9 +8,10 @@ import pytest
 import torch
 from conversion.tiny_models import change_mixers, random_model
 from conversion.with_transformers import assert_same_as_transformers, some_ids
+from megarec_kernels.rotary import rotary
 
 from megarec.conversion import export_hf, import_hf, load_model
-from megarec.models.rotary import RotaryConfig, rotate, rotation
+from megarec.models.rotary import RotaryConfig, rotation
 
 # Lengths of 21 tokens lie beyond the original length, so that every branch is met.
 LINEAR = {"type": "linear", "factor": 4.0}
@@ -55,7 +56,7 @@ def test_partial_rotation(fraction: float) -> None:
         RotaryConfig(base=500.0, fraction=fraction), 16, position_BT, dtype=torch.float32
     )
     for x_BTHK, expected in zip((q_BTHK, k_BTHK), theirs, strict=True):
-        torch.testing.assert_close(rotate(x_BTHK, ours), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(rotary(x_BTHK, ours), expected, rtol=0, atol=1e-5)
 
 
 OLD = [

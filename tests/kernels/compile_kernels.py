@@ -71,6 +71,11 @@ def swiglu(size: int, dtype: torch.dtype) -> Tensor:
     return torch.ops.megarec.swiglu(gate, up)
 
 
+def rotary(T: int, H: int, K: int, R: int, dtype: torch.dtype, interleaved: bool) -> Tensor:
+    x = torch.randn(2, T, H, K, dtype=dtype).requires_grad_()
+    return torch.ops.megarec.rotary(x, torch.randn(2, 2, T, 1, R), interleaved, False)
+
+
 def cross_entropy(C: int, V: int, dtype: torch.dtype, whole: bool) -> None:
     logits, labels = torch.randn(C, V, dtype=dtype), torch.zeros(C, dtype=torch.int64)
     weights, cap = (torch.ones(C), 30.0) if whole else (None, None)
@@ -93,6 +98,9 @@ def main() -> None:
         norm(1, 1, 1, torch.float32, whole=False),
         swiglu(1024, torch.bfloat16),
         swiglu(1, torch.float32),
+        rotary(64, 32, 128, 64, torch.bfloat16, interleaved=False),
+        rotary(64, 8, 128, 32, torch.bfloat16, interleaved=True),
+        rotary(1, 1, 7, 1, torch.float32, interleaved=True),
     ):
         output.sum().backward()
     cross_entropy(1024, 50304, torch.bfloat16, whole=True)

@@ -18,6 +18,7 @@ KERNELS |= {
     f"megarec_kernels.linear_cross_entropy.gpu_kernels {name}_kernel"
     for name in ("row", "statistics", "gradient")
 }
+KERNELS |= {"megarec_kernels.rotary.gpu_kernels turn_kernel"}
 KERNELS |= {
     f"megarec_kernels.gated_linear_attention.gpu_kernels {name}_kernel"
     for name in (

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from megarec_kernels.attention import attention
+from megarec_kernels.rotary import rotary
 from torch import Tensor, nn
 
 from megarec.config.activations import Activations, Numbers, rms_norm
@@ -13,7 +14,7 @@ from megarec.models.context import Context, positions
 from megarec.models.init import Initializer
 from megarec.models.mixer import Mixer
 from megarec.models.norm import RMSNorm
-from megarec.models.rotary import RotaryConfig, rotate, rotation
+from megarec.models.rotary import RotaryConfig, rotation
 from megarec.models.state import State
 
 
@@ -151,7 +152,8 @@ class Attention(Mixer):
         if self.config.rope is not None:
             angles = rotation(self.config.rope, self.head_dim, position_BT, x_BTD.dtype)
             q_BTHK, k_BTGK = (
-                rotate(x, angles, self.config.rope.interleaved) for x in (q_BTHK, k_BTGK)
+                rotary(x, angles, interleaved=self.config.rope.interleaved)
+                for x in (q_BTHK, k_BTGK)
             )
         # Copies, also without a cache: what is returned as state must be no view.
         cached = [] if state is None else [(state["k"], state["v"])]

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from megarec_kernels.rotary import rotary
 
 from megarec.models.rotary import (
     Llama3Scaling,
     RotaryConfig,
     YarnScaling,
-    rotate,
     rotation,
 )
 
@@ -25,7 +25,7 @@ def test_two_pairs_by_hand() -> None:
     turn = rotation(RotaryConfig(base=100.0), 4, torch.tensor([[0, 3]]), torch.float64)
     assert turn.shape == (2, 1, 2, 1, 2)
     x = torch.tensor([1.0, 2.0, 5.0, 7.0], dtype=torch.float64)
-    first, second = rotate(x.expand(1, 2, 1, 4), turn)[0, :, 0]
+    first, second = rotary(x.expand(1, 2, 1, 4), turn)[0, :, 0]
     assert torch.equal(first, x)
     c, s, c10, s10 = math.cos(3), math.sin(3), math.cos(0.3), math.sin(0.3)
     by_hand = [c - 5 * s, 2 * c10 - 7 * s10, 5 * c + s, 7 * c10 + 2 * s10]
@@ -38,7 +38,7 @@ def test_scores_depend_on_the_distance_alone() -> None:
 
     def score(at_q: int, at_k: int) -> torch.Tensor:
         turns = (rotation(RotaryConfig(), 8, torch.tensor([[p]]), q.dtype) for p in (at_q, at_k))
-        return (rotate(q, next(turns)) * rotate(k, next(turns))).sum()
+        return (rotary(q, next(turns)) * rotary(k, next(turns))).sum()
 
     torch.testing.assert_close(score(9, 4), score(1005, 1000))
     assert (score(9, 4) - score(9, 5)).abs() > 1e-3
@@ -49,10 +49,10 @@ def test_a_fraction_of_the_head_turns() -> None:
     assert config.size(8) == 4
     position = torch.tensor([[7]])
     x = torch.arange(8.0).view(1, 1, 1, 8)
-    turned = rotate(x, rotation(config, 8, position, x.dtype))
+    turned = rotary(x, rotation(config, 8, position, x.dtype))
     assert torch.equal(turned[..., 4:], x[..., 4:])
     # The first half turns as a whole head of its size does.
-    alone = rotate(x[..., :4], rotation(RotaryConfig(), 4, position, x.dtype))
+    alone = rotary(x[..., :4], rotation(RotaryConfig(), 4, position, x.dtype))
     assert torch.equal(turned[..., :4], alone)
 
 
@@ -72,7 +72,7 @@ def test_angles_are_not_computed_in_bfloat16(dtype: torch.dtype) -> None:
     exact = torch.tensor([math.cos(1001), math.cos(10.01), math.sin(1001), math.sin(10.01)])
     torch.testing.assert_close(turn.flatten().float(), exact, rtol=0, atol=1e-4)
     x = torch.ones(1, 1, 1, 4, dtype=dtype)
-    assert rotate(x, turn).dtype == dtype
+    assert rotary(x, turn).dtype == dtype
 
 
 def test_linear_scaling_divides() -> None:

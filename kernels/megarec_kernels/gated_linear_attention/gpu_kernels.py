@@ -25,6 +25,10 @@ FACTOR = tl.constexpr(0)  # y over the weighted sum of values
 SLOPE = tl.constexpr(1)  # gradient of the normaliser's sum, over FACTOR
 NUM_ROWS = 2
 
+# Arguments that follow the batch, and that no load is aligned by: not to compile every kernel anew
+# for lengths that happen to be, or not to be, multiples of 16.
+SIZES = ("num_tokens", "num_tiles", "num_rows", "f_batch", "i_batch")
+
 
 @triton.jit
 def exist(dims, D: tl.constexpr, BD: tl.constexpr):
@@ -99,7 +103,7 @@ def output_factor(norm, m, scale, NORMALIZE: tl.constexpr, PLAIN: tl.constexpr):
         return scale * tl.exp(m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gate_kernel(
     log_f, log_i, docs, gates, totals,
     num_tokens, num_tiles, num_heads,
@@ -157,7 +161,7 @@ def gate_kernel(
     tl.store(totals + head * num_tiles + tile, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def carry_kernel(
     gates, totals, initial_m, m, num_tiles, BT: tl.constexpr, AHEAD: tl.constexpr
 ):  # fmt: skip
@@ -171,17 +175,19 @@ def carry_kernel(
     tl.store(m, value)
     for first in range(0, num_tiles, AHEAD):
         # All loads of a stretch before its stores, which no load would overtake.
-        steps = ()
+        decays, locals_m = (), ()
         for i in tl.static_range(AHEAD):
             j, inside = first + i, first + i < num_tiles
-            total = tl.load(totals + j, mask=inside, other=0.0)
-            steps += ((total, tl.load(last + j * BT, mask=inside, other=-float("inf"))),)
+            decay = tl.load(totals + j, mask=inside, other=0.0)
+            local_m = tl.load(last + j * BT, mask=inside, other=-float("inf"))
+            decays += (decay,)  # type: ignore[assignment]
+            locals_m += (local_m,)  # type: ignore[assignment]
         for i in tl.static_range(AHEAD):
-            value = tl.maximum(value + steps[i][0], steps[i][1])
+            value = tl.maximum(value + decays[i], locals_m[i])
             tl.store(m + first + i + 1, value, mask=first + i < num_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def state_kernel(
     k, v, gates, totals, m, initial, initial_n, states, n_states, final, final_n,
     num_tokens, num_tiles, num_heads,
@@ -240,7 +246,7 @@ def state_kernel(
         tl.store(final_n + head * K + dims_k, n, mask=here_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def row_kernel(
     y, dy, gates, docs, m, sums, rows,
     scale, num_tokens, num_tiles, num_heads,
@@ -279,7 +285,7 @@ def row_kernel(
     tl.store(rows + FACTOR * num_padded + t, tl.where(t < left, factor, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def state_gradient_kernel(
     q, dy, gates, docs, totals, m, rows, states, n_states, dfinal, dfinal_n,
     dstates, dn_states, dinitial, dinitial_n, through,
@@ -392,7 +398,7 @@ def apply_state(
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     a, b, c, out, own, sums, outer, states, n_states, gates, docs, totals, m, rows,
     scale, num_tokens, num_tiles, num_heads,
@@ -521,7 +527,7 @@ def query_kernel(
     store_tile(out, acc_TC, out_token, first_c, left, DC, BT, BC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     a, b, c, out, own, sums, outer, dstates, dn_states, gates, docs, totals, m, rows,
     num_tokens, num_tiles, num_heads,
@@ -641,7 +647,7 @@ def add_blocks(x, block_size, num_blocks: tl.constexpr, BT: tl.constexpr):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gate_gradient_kernel(
     queries, queries_outer, keys, keys_outer, through, docs, dlog_f, dlog_i,
     num_tokens, num_tiles, num_heads, num_rows,

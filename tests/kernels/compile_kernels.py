@@ -38,12 +38,16 @@ def compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., No
     return launch
 
 
-def linear_attention(T: int, K: int, V: int, dtype: torch.dtype) -> Tensor:
-    B, G, H = 1, 1, 2
+def linear_attention(
+    T: int, R: int, K: int, V: int, chunk_size: int, dtype: torch.dtype, normalize: bool
+) -> Tensor:
+    B, G, H = 1, 2, 2 * R
     q, v = torch.randn(B, T, G, K, dtype=dtype), torch.randn(B, T, H, V, dtype=dtype)
-    gates, resets = torch.zeros(B, T, H), torch.zeros(B, T, dtype=torch.bool)
-    state = torch.zeros(B, H, K, V), torch.zeros(B, H, K), torch.zeros(B, H)
-    options = 0.1, True, False, 128, torch.bfloat16
+    gates = torch.zeros(B, T, H)
+    resets = torch.zeros(B, T, dtype=torch.bool) if normalize else None
+    state = torch.zeros(B, H, K, V), torch.zeros(B, H, K if normalize else 0), torch.zeros(B, H)
+    states_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    options = 0.1, normalize, not normalize, chunk_size, states_dtype
     inputs = q.requires_grad_(), q, v, gates, gates, *state, resets, *options
     return torch.ops.megarec.gated_linear_attention(*inputs)[0]
 
@@ -91,7 +95,9 @@ def main() -> None:
     import megarec_kernels  # noqa: F401  # registers the ops
 
     for output in (
-        linear_attention(150, 32, 64, torch.bfloat16),
+        # Heads of xLSTM 7B and of Mamba-2.
+        linear_attention(512, 1, 256, 512, 256, torch.bfloat16, normalize=True),
+        linear_attention(512, 16, 128, 64, 256, torch.bfloat16, normalize=False),
         conv(2, 256, 256, 4, torch.bfloat16, whole=True),
         conv(1, 1, 1, 2, torch.float32, whole=False),
         norm(1024, 4096, 512, torch.bfloat16, whole=True),
@@ -103,6 +109,7 @@ def main() -> None:
         rotary(1, 1, 7, 1, torch.float32, interleaved=True),
     ):
         output.sum().backward()
+    linear_attention(150, 1, 512, 512, 64, torch.float32, normalize=False)
     cross_entropy(1024, 50304, torch.bfloat16, whole=True)
     cross_entropy(1, 1, torch.float32, whole=False)
 

@@ -192,6 +192,29 @@ def test_tensors_of_any_strides():
     assert torch.equal(dturned, dC.mT)
 
 
+def test_heads_farther_apart_than_32_bits_count():
+    """Heads 2^30 elements apart, as of (B, H, T, D) in memory; only what is used is allocated."""
+    T, H, D = 5, 3, 4
+
+    def spread(x):
+        far = torch.empty((H - 1) * 2**30 + T * D, dtype=x.dtype, device=DEVICE)
+        far = far.as_strided(x.shape, (0, D, 2**30, 1))
+        far.copy_(x)
+        return far.requires_grad_()
+
+    inputs = rounded(make_inputs(B=1, T=T, G=H, H=H, Dk=D, Dv=D), torch.bfloat16)
+    dense = {key: x.to(DEVICE).requires_grad_() for key, x in inputs.items()}
+    torch.use_deterministic_algorithms(False)  # else torch.empty fills the memory
+    far = dense | {key: spread(inputs[key]) for key in "qkv"}
+
+    def y_and_gradients(leaves):
+        y, _, _ = gated_linear_attention(**leaves, normalize=True, backend="gpu")
+        return y, *torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
+
+    for a, b in zip(y_and_gradients(far), y_and_gradients(dense), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_only_states_in_memory_are_rounded():
     """In float32, states in bfloat16 cost no more than their rounding, and are not carried on."""
     inputs = rounded(make_inputs(**ONE, T=133), torch.float32)

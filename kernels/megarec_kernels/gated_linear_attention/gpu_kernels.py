@@ -25,6 +25,19 @@ FACTOR = tl.constexpr(0)  # y over the weighted sum of values
 SLOPE = tl.constexpr(1)  # gradient of the normaliser's sum, over FACTOR
 NUM_ROWS = 2
 
+# Arguments that follow the batch, and that no load is aligned by: not to compile every kernel anew
+# for lengths that happen to be, or not to be, multiples of 16.
+SIZES = ("num_tokens", "num_tiles", "num_rows", "f_batch", "i_batch")
+
+
+@triton.jit
+def exist(dims, D: tl.constexpr, BD: tl.constexpr):
+    """Tell which of a block's dims a head has: all, known at compile time, if blocks fill it."""
+    if D % BD == 0:
+        return tl.full(dims.shape, True, tl.int1)
+    else:
+        return dims < D
+
 
 @triton.jit
 def load_tile(
@@ -32,7 +45,7 @@ def load_tile(
 ):
     """Load (BT, BD) at dim ``first`` of a tile; zeros beyond its tokens or dims."""
     tokens, dims = tl.arange(0, BT)[:, None], first + tl.arange(0, BD)[None, :]
-    mask = (tokens < num_tokens) & (dims < D)
+    mask = (tokens < num_tokens) & exist(dims, D, BD)
     return tl.load(x + tokens * token_stride + dims, mask=mask, other=0.0)
 
 
@@ -42,7 +55,7 @@ def load_turned(
 ):
     """Load what load_tile does, as (BD, BT)."""
     tokens, dims = tl.arange(0, BT)[None, :], first + tl.arange(0, BD)[:, None]
-    mask = (tokens < num_tokens) & (dims < D)
+    mask = (tokens < num_tokens) & exist(dims, D, BD)
     return tl.load(x + tokens * token_stride + dims, mask=mask, other=0.0)
 
 
@@ -52,7 +65,7 @@ def store_tile(
 ):
     """Store (BT, BD) where load_tile would load it."""
     tokens, dims = tl.arange(0, BT)[:, None], first + tl.arange(0, BD)[None, :]
-    mask = (tokens < num_tokens) & (dims < D)
+    mask = (tokens < num_tokens) & exist(dims, D, BD)
     tl.store(x + tokens * token_stride + dims, narrow(value, x.dtype.element_ty), mask=mask)
 
 
@@ -90,7 +103,7 @@ def output_factor(norm, m, scale, NORMALIZE: tl.constexpr, PLAIN: tl.constexpr):
         return scale * tl.exp(m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gate_kernel(
     log_f, log_i, docs, gates, totals,
     num_tokens, num_tiles, num_heads,
@@ -148,8 +161,10 @@ def gate_kernel(
     tl.store(totals + head * num_tiles + tile, total)
 
 
-@triton.jit
-def carry_kernel(gates, totals, initial_m, m, num_tiles, BT: tl.constexpr):
+@triton.jit(do_not_specialize=SIZES)
+def carry_kernel(
+    gates, totals, initial_m, m, num_tiles, BT: tl.constexpr, AHEAD: tl.constexpr
+):  # fmt: skip
     """Walk a head's tiles: m before each, and after the last."""
     head = tl.program_id(0).to(tl.int64)
     num_padded = num_tiles * BT
@@ -158,12 +173,21 @@ def carry_kernel(gates, totals, initial_m, m, num_tiles, BT: tl.constexpr):
     m += head * (num_tiles + 1)
     value = tl.load(initial_m + head)
     tl.store(m, value)
-    for j in tl.range(0, num_tiles, loop_unroll_factor=4):
-        value = tl.maximum(value + tl.load(totals + j), tl.load(last + j * BT))
-        tl.store(m + j + 1, value)
+    for first in range(0, num_tiles, AHEAD):
+        # All loads of a stretch before its stores, which no load would overtake.
+        decays, locals_m = (), ()
+        for i in tl.static_range(AHEAD):
+            j, inside = first + i, first + i < num_tiles
+            decay = tl.load(totals + j, mask=inside, other=0.0)
+            local_m = tl.load(last + j * BT, mask=inside, other=-float("inf"))
+            decays += (decay,)  # type: ignore[assignment]
+            locals_m += (local_m,)  # type: ignore[assignment]
+        for i in tl.static_range(AHEAD):
+            value = tl.maximum(value + decays[i], locals_m[i])
+            tl.store(m + first + i + 1, value, mask=first + i < num_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def state_kernel(
     k, v, gates, totals, m, initial, initial_n, states, n_states, final, final_n,
     num_tokens, num_tiles, num_heads,
@@ -188,10 +212,10 @@ def state_kernel(
 
     dims_k, dims_v = first_k + tl.arange(0, BK), first_v + tl.arange(0, BV)
     place = dims_k[:, None] * V + dims_v[None, :]
-    here = (dims_k[:, None] < K) & (dims_v[None, :] < V)
+    here = exist(dims_k[:, None], K, BK) & exist(dims_v[None, :], V, BV)
     here_n = dims_k < tl.where(first_v == 0, K, 0)
-    states += head * num_chunks * K * V + place
-    n_states += head * num_chunks * K + dims_k
+    states += head * num_chunks * K * V
+    n_states += head * num_chunks * K
     state = tl.load(initial + head * K * V + place, mask=here, other=0.0)
     n = tl.full((BK,), 0.0, tl.float32)
     if NORMALIZE:
@@ -199,10 +223,10 @@ def state_kernel(
 
     for j in range(num_tiles):
         if j % TILES == 0:
-            tl.store(states, narrow(state, states.dtype.element_ty), mask=here)
+            tl.store(states + place, narrow(state, states.dtype.element_ty), mask=here)
             states += K * V
             if NORMALIZE:
-                tl.store(n_states, n, mask=here_n)
+                tl.store(n_states + dims_k, n, mask=here_n)
                 n_states += K
         next_m = tl.load(m + j + 1)
         decay = tl.exp(tl.load(totals + j) + tl.load(m + j) - next_m)
@@ -222,7 +246,7 @@ def state_kernel(
         tl.store(final_n + head * K + dims_k, n, mask=here_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def row_kernel(
     y, dy, gates, docs, m, sums, rows,
     scale, num_tokens, num_tiles, num_heads,
@@ -261,7 +285,7 @@ def row_kernel(
     tl.store(rows + FACTOR * num_padded + t, tl.where(t < left, factor, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def state_gradient_kernel(
     q, dy, gates, docs, totals, m, rows, states, n_states, dfinal, dfinal_n,
     dstates, dn_states, dinitial, dinitial_n, through,
@@ -293,12 +317,12 @@ def state_gradient_kernel(
 
     dims_k, dims_v = first_k + tl.arange(0, BK), first_v + tl.arange(0, BV)
     place = dims_k[:, None] * V + dims_v[None, :]
-    here = (dims_k[:, None] < K) & (dims_v[None, :] < V)
+    here = exist(dims_k[:, None], K, BK) & exist(dims_v[None, :], V, BV)
     here_n = dims_k < tl.where(first_v == 0, K, 0)
-    states += head * num_chunks * K * V + place
-    n_states += head * num_chunks * K + dims_k
-    dstates += head * num_chunks * K * V + place
-    dn_states += head * num_chunks * K + dims_k
+    states += head * num_chunks * K * V
+    n_states += head * num_chunks * K
+    dstates += head * num_chunks * K * V
+    dn_states += head * num_chunks * K
     dstate = tl.load(dfinal + head * K * V + place, mask=here, other=0.0)
     dn = tl.full((BK,), 0.0, tl.float32)
     if NORMALIZE:
@@ -309,12 +333,13 @@ def state_gradient_kernel(
         j = num_tiles - 1 - back
         if (back == 0) | (j % TILES == TILES - 1):
             chunk = (j // TILES).to(tl.int64)
-            tl.store(dstates + chunk * K * V, narrow(dstate, dstates.dtype.element_ty), mask=here)
-            before = tl.load(states + chunk * K * V, mask=here, other=0.0).to(tl.float32)
-            product = tl.sum(tl.sum(dstate * before, 1), 0)
+            rounded = narrow(dstate, dstates.dtype.element_ty)
+            tl.store(dstates + chunk * K * V + place, rounded, mask=here)
+            before = tl.load(states + chunk * K * V + place, mask=here, other=0.0).to(tl.float32)
+            product = tl.sum(dstate * before)
             if NORMALIZE:
-                tl.store(dn_states + chunk * K, dn, mask=here_n)
-                before_n = tl.load(n_states + chunk * K, mask=here_n, other=0.0)
+                tl.store(dn_states + chunk * K + dims_k, dn, mask=here_n)
+                before_n = tl.load(n_states + chunk * K + dims_k, mask=here_n, other=0.0)
                 product += tl.sum(dn * before_n, 0)
             span = j // TILES * TILES + tl.arange(0, SPAN)
             decay = tl.sum(tl.load(totals + span, mask=span <= j, other=0.0), 0)
@@ -366,13 +391,14 @@ def apply_state(
     for first in range(0, DA, BS):
         rows = first + tl.arange(0, BS)[:, None]
         place = state + rows * state_row + columns * state_column
-        state_AC = tl.load(place, mask=(rows < DA) & (columns < DC), other=0.0).to(DOT)
+        mask = exist(rows, DA, BS) & exist(columns, DC, BC)
+        state_AC = tl.load(place, mask=mask, other=0.0).to(DOT)
         a_TA = load_tile(a, a_token, first, a_left, DA, BT, BS).to(DOT)
         result = dot(a_TA, state_AC, result, PRECISION)
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     a, b, c, out, own, sums, outer, states, n_states, gates, docs, totals, m, rows,
     scale, num_tokens, num_tiles, num_heads,
@@ -394,11 +420,11 @@ def query_kernel(
     sums for keys in its chunk, and outer for all that came before.
     """
     tile = tl.program_id(0) % num_tiles
-    row = tl.program_id(0) // num_tiles
+    row = (tl.program_id(0) // num_tiles).to(tl.int64)
     first_c = tl.program_id(1) * BC
     HEADS: tl.constexpr = R if GRADIENT else 1  # heads that share an output
     num_outs = num_heads // HEADS
-    batch, o = (row // num_outs).to(tl.int64), row % num_outs
+    batch, o = row // num_outs, row % num_outs
     num_padded = num_tiles * BT
     num_chunks = (num_tiles + TILES - 1) // TILES
     chunk, chunk_tile = tile // TILES, tile // TILES * TILES
@@ -462,7 +488,8 @@ def query_kernel(
 
         # The tile itself, then the tiles before it, to the start of the chunk.
         key = tl.load(head_gates + KEY * num_padded + tile * BT + t)
-        seen = same_tile(docs, BT, HAS_RESETS)
+        if HAS_RESETS:
+            doc = tl.load(docs + t)
         away = 0.0
         for back in range(tile - chunk_tile + 1):
             j, same = tile - back, back == 0
@@ -472,7 +499,10 @@ def query_kernel(
             log_weight = (tl.where(same, start, entered) - m_T)[:, None] + tl.where(same, key, end)[
                 None, :
             ]
-            weight_TT = tl.exp(tl.where(seen | (back > 0), log_weight, -float("inf")))
+            seen = t[:, None] + back * BT >= t[None, :]
+            if HAS_RESETS:
+                seen = seen & ((doc[:, None] == doc[None, :]) | (back > 0))
+            weight_TT = tl.exp(tl.where(seen, log_weight, -float("inf")))
             p_TT = scores(
                 head_a, head_b + j_token * b_token, a_token, b_token, left, j_left,
                 DA, BT, BA, DOT, PRECISION,
@@ -497,7 +527,7 @@ def query_kernel(
     store_tile(out, acc_TC, out_token, first_c, left, DC, BT, BC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     a, b, c, out, own, sums, outer, dstates, dn_states, gates, docs, totals, m, rows,
     num_tokens, num_tiles, num_heads,
@@ -518,11 +548,11 @@ def key_kernel(
     a key's weights, from the block's part of own = k: for queries in its chunk, and for all after.
     """
     tile = tl.program_id(0) % num_tiles
-    row = tl.program_id(0) // num_tiles
+    row = (tl.program_id(0) // num_tiles).to(tl.int64)
     first_c = tl.program_id(1) * BC
     HEADS: tl.constexpr = R if OF_KEYS else 1  # heads that share an output
     num_outs = num_heads // HEADS
-    batch, o = (row // num_outs).to(tl.int64), row % num_outs
+    batch, o = row // num_outs, row % num_outs
     num_padded = num_tiles * BT
     num_chunks, chunk = (num_tiles + TILES - 1) // TILES, tile // TILES
     chunk_end = tl.minimum((chunk + 1) * TILES, num_tiles)
@@ -570,7 +600,8 @@ def key_kernel(
         acc_TC += after_TC * weight[:, None]
 
         # The tile itself, then the tiles after it, to the end of the chunk.
-        seen = tl.trans(same_tile(docs + tile * BT, BT, HAS_RESETS))
+        if HAS_RESETS:
+            doc = tl.load(docs + tile * BT + t)
         away = 0.0
         for ahead in range(chunk_end - tile):
             j, same = tile + ahead, ahead == 0
@@ -581,7 +612,10 @@ def key_kernel(
             log_weight = (tl.where(same, start, entered) - m_T)[None, :] + tl.where(
                 same, key, end + away
             )[:, None]
-            weight_TT = tl.exp(tl.where(seen | (ahead > 0), log_weight, -float("inf")))
+            seen = t[None, :] + ahead * BT >= t[:, None]
+            if HAS_RESETS:
+                seen = seen & ((doc[:, None] == doc[None, :]) | (ahead > 0))
+            weight_TT = tl.exp(tl.where(seen, log_weight, -float("inf")))
             away += tl.load(head_totals + j, mask=ahead > 0, other=0.0)
             factor = tl.load(head_rows + FACTOR * num_padded + j * BT + t)
             p_TT = scores(
@@ -607,12 +641,13 @@ def key_kernel(
 def add_blocks(x, block_size, num_blocks: tl.constexpr, BT: tl.constexpr):
     """Return (BT,), the sum over what blocks have for a tile."""
     result = tl.full((BT,), 0.0, tl.float32)
-    for block in range(num_blocks):
-        result += tl.load(x + block * block_size + tl.arange(0, BT))
+    for _ in range(num_blocks):
+        result += tl.load(x + tl.arange(0, BT))
+        x += block_size
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gate_gradient_kernel(
     queries, queries_outer, keys, keys_outer, through, docs, dlog_f, dlog_i,
     num_tokens, num_tiles, num_heads, num_rows,
@@ -640,8 +675,10 @@ def gate_gradient_kernel(
     docs += batch * num_padded
 
     inner, outer, unbroken = 0.0, 0.0, 1.0
-    for block in range(num_through):
-        outer += tl.load(through + (block * num_rows + head) * num_chunks + chunk)
+    through += head * num_chunks + chunk
+    for _ in range(num_through):
+        outer += tl.load(through)
+        through += num_rows * num_chunks
     for back in range(tile - chunk * TILES):
         j = tile - 1 - back
         outer += tl.sum(add_blocks(keys_outer + j * BT, block_size, num_blocks, BT), 0)

@@ -32,8 +32,9 @@ def forward(
     gates, totals = _sum_gates(plan, log_f, log_i, docs)
     m_BHN = gates.new_empty(plan.B, plan.H, plan.num_tiles + 1)
     kernels.carry_kernel[plan.B * plan.H,](
-        gates, totals, m_BH.contiguous(), m_BHN, plan.num_tiles, BT=plan.tile, num_warps=1
-    )
+        gates, totals, m_BH.contiguous(), m_BHN, plan.num_tiles,
+        BT=plan.tile, AHEAD=16, num_warps=1,
+    )  # fmt: skip
     states, n_states, final, final_n = _walk_states(
         plan, k, v, gates, totals, m_BHN, C_BHKV, n_BHK, normalize, states_dtype
     )
@@ -187,20 +188,22 @@ def _block_options(
 ) -> tuple[int, dict[str, Any]]:
     """Return the number of blocks of an output (.., DC) and the options of its kernel.
 
-    Blocks are wide, since each computes the products over DA anew. Those are held whole if DA is
-    at most 256: wider ones would not fit into 227 KiB of shared memory.
+    Blocks are wide, since each computes the products over DA anew. Those are summed over blocks of
+    DA, at least two where there are 8 warps: the compiler lets both halves of those compute all of
+    a product that is not in a loop, and then runs out of registers.
     """
     half = dtype == torch.bfloat16
     BC = min(256 if half else 64, _padded(DC))
-    BA = _padded(DA)
-    BA = min(BA, 256 if BA <= 256 else 128) if half else min(BA, 32)
+    num_warps = 8 if BC > 64 else 4
+    BA = _padded(DA) if num_warps == 4 else max(16, _padded(DA) // 2)
+    BA = min(BA, 128 if half else 32)
     precision = _precision(dtype)
     state_dot = precision["DOT"] if states_dtype == torch.bfloat16 else tl.float32
     return triton.cdiv(DC, BC), {
         "DA": DA, "DC": DC, "R": plan.heads_per_group, "TILES": plan.tiles,
         "SPAN": triton.next_power_of_2(plan.tiles), "BT": plan.tile, "BA": BA,
         "BS": min(64, BA), "BC": BC, "STATE_DOT": state_dot, **precision,
-        "num_warps": 8 if BC > 64 else 4, "num_stages": 2,
+        "num_warps": num_warps, "num_stages": 2,
     }  # fmt: skip
 
 

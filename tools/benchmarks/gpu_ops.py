@@ -9,6 +9,7 @@ from megarec_kernels.causal_conv1d import causal_conv1d
 from megarec_kernels.check import Tensors
 from megarec_kernels.grouped_norm import grouped_norm
 from megarec_kernels.linear_cross_entropy import linear_cross_entropy
+from megarec_kernels.rotary import rotary
 from megarec_kernels.swiglu import swiglu
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from benchmarks.gpu_forms import CHECKED_TOKENS, Sizes, compiled, drawer, ours_a
 from benchmarks.protocol import Clock, Form
 from benchmarks.race import TRAINING
 from benchmarks.report import Result
+from megarec.models.rotary import RotaryConfig, rotation
 
 SOFT_CAP = 30.0
 EPS = 1e-6
@@ -51,7 +53,7 @@ def convolution(sizes: Sizes, clock: Clock) -> Iterator[Result]:
 
 
 def pointwise(sizes: Sizes, clock: Clock) -> Iterator[Result]:
-    """Norms, with what is fused into them, and SwiGLU."""
+    """Norms, with what is fused into them, SwiGLU and rotary positions."""
     yield from _rows(
         *("RMSNorm", "grouped_norm", ("x",), sizes.width, sizes, clock, _rms_norm, _plain_rms_norm),
         Form("liger", functools.partial(peers.liger_rms_norm, EPS)),
@@ -72,6 +74,7 @@ def pointwise(sizes: Sizes, clock: Clock) -> Iterator[Result]:
         Form("liger", peers.liger_swiglu),
         Form("fla", peers.fla_swiglu),
     )
+    yield from _rotary(sizes, clock)
 
 
 def _rows(
@@ -97,6 +100,35 @@ def _rows(
         *("pointwise", f"{name}, {tokens} x {width}", sizes, clock, run),
         [compiled(plain, sizes), *others],
         op=op,
+        inputs=make(tokens),
+        small=make(min(tokens, CHECKED_TOKENS)),
+    )
+
+
+def _rotary(sizes: Sizes, clock: Clock) -> Iterator[Result]:
+    H, D = sizes.attention
+
+    @functools.cache
+    def angles(length: int, dtype: torch.dtype) -> Tensor:
+        return rotation(RotaryConfig(), D, torch.arange(length, device=clock.device), dtype)
+
+    def turned(backend: str, x: Tensor) -> Tensors:
+        return {"y": rotary(x, angles(x.shape[1], x.dtype), backend=backend)}
+
+    def plain(x: Tensor) -> Tensors:
+        cos, sin = angles(x.shape[1], x.dtype)
+        first, second = x.chunk(2, -1)
+        halves = [first * cos - second * sin, second * cos + first * sin]
+        return {"y": torch.cat(halves, -1).to(x.dtype)}
+
+    def make(tokens: int) -> Tensors:
+        return {"x": drawer(sizes, clock.device)(1, tokens, H, D)}
+
+    tokens = max(1, sizes.tokens // 8)
+    yield from ours_and_others(
+        *("pointwise", f"rotary, {tokens} x {H} heads {D}", sizes, clock, turned),
+        [compiled(plain, sizes)],
+        op="rotary",
         inputs=make(tokens),
         small=make(min(tokens, CHECKED_TOKENS)),
     )

@@ -3,7 +3,7 @@
 A program has BLOCK_C channels and SEGMENT tokens. It keeps the last K - 1 tokens in registers, and
 the age of the document, its tokens before this one, which says how many of them count. In the
 backward it walks K - 1 tokens further, until the gradients of its own tokens are whole. Gradients
-of weights leave as one sum a program.
+of weights leave as one sum a program. A kernel is compiled once for all T.
 
 Triton's interpreter is slow at calls of functions, so the loops over tokens have few; and it does
 not combine masks with scalars by &, so conditions on t bound the channels.
@@ -12,7 +12,7 @@ not combine masks with scalars by &, so conditions on t bound the channels.
 from megarec_kernels.triton_tools import narrow, tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T",))
 def forward_kernel(
     x_ptr,
     weight_ptr,
@@ -57,7 +57,7 @@ def forward_kernel(
         past = ((x_C,) + past)[: K - 1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T",))
 def backward_kernel(
     x_ptr,
     weight_ptr,

@@ -1,12 +1,13 @@
 """Kernels of grouped_norm in Triton: a program has whole groups in registers.
 
-x is (N, G, GROUP), rows of G groups. A tile is one group of BLOCK_N rows.
+x is (N, G, GROUP), rows of G groups. A tile is one group of BLOCK_N rows. A kernel is compiled once
+for all N.
 """
 
 from megarec_kernels.triton_tools import narrow, tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N",))
 def forward_kernel(
     x_ptr,
     weight_ptr,
@@ -43,7 +44,7 @@ def forward_kernel(
     tl.store(y_ptr + place, narrow(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N",))
 def backward_kernel(
     x_ptr,
     weight_ptr,

@@ -24,7 +24,7 @@ lint: $(VENV)/.installed
 
 # Tiny tensors, and files and commands side by side: more threads would only wait for each other.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not faults" -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not faults" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-faults: $(VENV)/.installed
 	$(BIN)/pytest tests/faults

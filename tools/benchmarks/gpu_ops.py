@@ -108,15 +108,21 @@ def _rows(
 def _rotary(sizes: Sizes, clock: Clock) -> Iterator[Result]:
     H, D = sizes.attention
 
-    @functools.cache
-    def angles(length: int, dtype: torch.dtype) -> Tensor:
-        return rotation(RotaryConfig(), D, torch.arange(length, device=clock.device), dtype)
+    tokens = max(1, sizes.tokens // 8)
+    checked = min(tokens, CHECKED_TOKENS)
+    angles = {
+        (length, dtype): rotation(
+            RotaryConfig(), D, torch.arange(length, device=clock.device), dtype
+        )
+        for length in (tokens, checked)
+        for dtype in (sizes.dtype, torch.float64)
+    }
 
     def turned(backend: str, x: Tensor) -> Tensors:
-        return {"y": rotary(x, angles(x.shape[1], x.dtype), backend=backend)}
+        return {"y": rotary(x, angles[x.shape[1], x.dtype], backend=backend)}
 
     def plain(x: Tensor) -> Tensors:
-        cos, sin = angles(x.shape[1], x.dtype)
+        cos, sin = angles[x.shape[1], x.dtype]
         first, second = x.chunk(2, -1)
         halves = [first * cos - second * sin, second * cos + first * sin]
         return {"y": torch.cat(halves, -1).to(x.dtype)}
@@ -124,13 +130,12 @@ def _rotary(sizes: Sizes, clock: Clock) -> Iterator[Result]:
     def make(tokens: int) -> Tensors:
         return {"x": drawer(sizes, clock.device)(1, tokens, H, D)}
 
-    tokens = max(1, sizes.tokens // 8)
     yield from ours_and_others(
         *("pointwise", f"rotary, {tokens} x {H} heads {D}", sizes, clock, turned),
         [compiled(plain, sizes)],
         op="rotary",
         inputs=make(tokens),
-        small=make(min(tokens, CHECKED_TOKENS)),
+        small=make(checked),
     )
 
 

@@ -1,7 +1,7 @@
 """Measure megarec: ops and models on a CPU, kernels on a GPU, a recipe's training speed.
 
     python tools/benchmark.py --suite cpu                       # one thread, some 6 minutes
-    python tools/benchmark.py --suite gpu --out gpu.json        # under 8 minutes
+    python tools/benchmark.py --suite gpu --out gpu.json        # meant to take under 8 minutes
     python tools/benchmark.py --suite train --config xlstm_7b.yaml model.num_layers=4
 
 Each form is checked against a slow one in float64 before it is timed, and timed in turns with ours

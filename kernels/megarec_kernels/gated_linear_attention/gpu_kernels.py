@@ -180,8 +180,8 @@ def carry_kernel(
             j, inside = first + i, first + i < num_tiles
             decay = tl.load(totals + j, mask=inside, other=0.0)
             local_m = tl.load(last + j * BT, mask=inside, other=-float("inf"))
-            decays += (decay,)  # type: ignore[assignment]
-            locals_m += (local_m,)  # type: ignore[assignment]
+            decays += (decay,)
+            locals_m += (local_m,)
         for i in tl.static_range(AHEAD):
             value = tl.maximum(value + decays[i], locals_m[i])
             tl.store(m + first + i + 1, value, mask=first + i < num_tiles)
